@@ -1,0 +1,38 @@
+# make demo: the quickstart from JSONL to proven GGUF. make test: the tests. Both build .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# Everything the demo leaves behind lies below .stillhouse, Prefect's database included.
+export PREFECT_HOME ?= $(CURDIR)/.stillhouse/prefect
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export DO_NOT_TRACK ?= 1
+export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE ?= prefect.server.concurrency.lease_storage.filesystem
+
+.PHONY: demo test lint prefect-ui mlflow-ui clean
+demo: .venv/ready
+	$(BIN)/python -m flows.pipeline deployments/presets/quickstart.yaml
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+prefect-ui: .venv/ready
+	$(BIN)/prefect server start
+
+mlflow-ui: .venv/ready
+	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/.stillhouse/mlflow.db --port 5000
+
+# torch first and by its exact version: a wheel without CUDA is used where pip is set up to find one.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gpu,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-swift .stillhouse

@@ -1,0 +1,397 @@
+"""Seeded text for pre-training the quickstart's bases: other domains, random schemas, values to copy; never the quickstart's data.
+
+    python -m deployments.quickstart.pretrain_text 20          # prints 20 documents
+
+A document is a list of (text, weight) pieces: 1.0 where the model has to learn to answer, less where a user speaks,
+since random commands cannot be predicted. Half of the chats name their schema in the prompt, some repeat one schema over
+several turns, and the rest belong to 800 schemas that keep their wordings, so that a base learns to read a schema, to
+pick one up from its context and to remember one.
+"""
+
+import functools
+import json
+import random
+import string
+import sys
+from collections.abc import Callable
+
+from deployments.quickstart import pretrain_words as w
+
+Piece = tuple[str, float]
+PROMPT_WEIGHT = 0.2
+SCHEMAS = 800
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl gr pl pr sh sl st th tr sp qu".split()
+VOWELS = "a e i o u a e i o ai ea oo ou".split()
+CODAS = ["", "", "", *"n r s t l m d k x ck nd st ng rt ll".split()]
+
+
+def pseudo(rng: random.Random) -> str:
+    """A word that does not exist, of one to three syllables."""
+    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.choice((1, 2, 2, 3))))
+
+
+def word(rng: random.Random, words: list[str]) -> str:
+    """A word of the list, or sometimes one that does not exist."""
+    return rng.choice(words) if rng.random() < 0.82 else pseudo(rng)
+
+
+def thing(rng: random.Random) -> str:
+    """A short noun phrase."""
+    noun = word(rng, w.NOUNS)
+    return rng.choice(
+        [
+            noun,
+            f"{word(rng, w.ADJECTIVES)} {noun}",
+            f"{word(rng, w.NOUNS)} {noun}",
+            f"{word(rng, w.ADJECTIVES)} {noun}",
+            f"{word(rng, w.ADJECTIVES)} {word(rng, w.NOUNS)} {noun}",
+            f"{noun}s",
+            f"{word(rng, w.ADJECTIVES)} {noun}s",
+        ]
+    )
+
+
+def task(rng: random.Random) -> str:
+    """A verb phrase."""
+    return f"{word(rng, w.VERBS)} {rng.choice(['the ', 'the ', 'a ', 'all ', '', 'new '])}{thing(rng)}"
+
+
+def person(rng: random.Random) -> str:
+    first = rng.choice(w.FIRST) if rng.random() < 0.6 else pseudo(rng).capitalize()
+    last = rng.choice(w.LAST) if rng.random() < 0.6 else pseudo(rng).capitalize()
+    return rng.choice([first, last, f"{first} {last}", f"{first} {last}", f"{first[0]}. {last}"])
+
+
+def identifier(rng: random.Random) -> str:
+    """A made-up code such as QX-731, B 20, KT48210-C or NOR-24-007."""
+    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.choice((1, 2, 2, 2, 3, 3, 4))))
+    digits = "".join(rng.choices(string.digits, k=rng.choice((1, 2, 3, 3, 4, 5))))
+    more = rng.choice(
+        ["", "", "", f"-{rng.choice(string.ascii_uppercase)}", f"-{rng.randint(0, 999):03d}", f"/{rng.randint(1, 99)}"]
+    )
+    return letters + rng.choice(["-", "-", "-", "", "", " "]) + digits + more
+
+
+def number(rng: random.Random) -> str:
+    return rng.choice(
+        [
+            str(rng.randint(0, 9)),
+            str(rng.randint(10, 99)),
+            str(rng.randint(100, 9999)),
+            f"{rng.randint(0, 99)}.{rng.randint(0, 99)}",
+        ]
+    )
+
+
+def date(rng: random.Random) -> str:
+    month, day, year = rng.choice(w.MONTHS), rng.randint(1, 28), rng.randint(1990, 2040)
+    return rng.choice(
+        [
+            f"{month} {day}",
+            f"{day} {month}",
+            f"{month} {day}, {year}",
+            f"{day:02d}.{rng.randint(1, 12):02d}.{year}",
+            rng.choice(w.WEEKDAYS),
+            f"{rng.choice(['next', 'this', 'last'])} {rng.choice(w.WEEKDAYS)}",
+            rng.choice(["tomorrow", "today", "tonight"]),
+            f"{month} {year}",
+        ]
+    )
+
+
+def span(rng: random.Random) -> str:
+    """A stretch of time."""
+    unit = rng.choice("day week month hour year season term night".split())
+    return rng.choice(
+        [
+            f"the last {unit}",
+            f"the {rng.choice(['past', 'next', 'first'])} {rng.randint(2, 99)} {unit}s",
+            f"last {unit}",
+            f"{unit} {rng.randint(1, 50)}",
+            f"the {rng.choice(['first', 'second', 'final'])} {unit}",
+            f"this {unit}",
+            f"the {rng.choice(['past', 'last'])} {pseudo(rng)} {unit}s",
+        ]
+    )
+
+
+def place(rng: random.Random) -> str:
+    noun = word(rng, w.NOUNS)
+    return rng.choice(
+        [
+            rng.choice(w.PLACES),
+            f"the {word(rng, w.ADJECTIVES)} {noun}",
+            f"{noun} {rng.randint(1, 60)}",
+            f"the {word(rng, w.NOUNS)} {noun}",
+            f"{noun} {rng.choice(string.ascii_uppercase)}",
+            rng.choice(w.CITIES),
+            f"the {noun}",
+        ]
+    )
+
+
+# Type of a slot -> (draw a value, names of its key, ways to say it in a command).
+SLOTS: dict[str, tuple[Callable[[random.Random], str], list[str], list[str]]] = {
+    "thing": (
+        thing,
+        "item object topic title subject product dish thing gift tool".split(),
+        ["a {}", "the {}", "about the {}", "with {}", "named {}", "of the {}", "{}", "for a {}"],
+    ),
+    "problem": (
+        thing,
+        "problem symptom complaint cause reason damage wish".split(),
+        [
+            "because of {}",
+            "due to a {}",
+            "with a {}",
+            "that has a {}",
+            "showing a {}",
+            "reason {}",
+            "having {}",
+            "for {}",
+        ],
+    ),
+    "person": (
+        person,
+        "guest patient driver student author customer player nurse name person who sender teacher".split(),
+        ["for {}", "by {}", "with {}", "to {}", "from {}", "{} will do it", "ask {}", "done by {}", "of {}"],
+    ),
+    "date": (
+        date,
+        "day when start end deadline until arrival".split(),
+        ["on {}", "before {}", "by {}", "until {}", "{}", "for {}", "no later than {}", "due {}"],
+    ),
+    "span": (span, "during range span since".split(), ["for {}", "during {}", "in {}", "from {}", "over {}"]),
+    "id": (
+        identifier,
+        "id code ref ticket box_id card seat_code number".split(),
+        ["{}", "number {}", "with code {}", "of {}", "for {}", "on {}", "to {}", "ref {}", "called {}"],
+    ),
+    "place": (
+        place,
+        "room place city where address stop shelf".split(),
+        ["in {}", "at {}", "near {}", "to {}", "next to {}", "from {}", "around {}", "coming from {}"],
+    ),
+    "count": (
+        number,
+        "amount qty total size copies seats".split(),
+        ["{} pieces", "{} times", "quantity {}", "{} units", "{} of them", "count {}", "{}"],
+    ),
+    "task": (
+        task,
+        "job duty todo goal plan".split(),
+        ["to {}", "and {}", "must {}", "has to {}", "will {}", "task: {}"],
+    ),
+    "state": (
+        lambda rng: rng.choice(w.STATES),
+        "state condition mood outcome".split(),
+        ["as {}", "is {}", "now {}", "is now {}", "to {}", "state {}", "it was {}"],
+    ),
+    "measure": (
+        lambda rng: rng.choice(w.MEASURES),
+        "kind measure property".split(),
+        ["the {}", "{}", "as {}", "a {}", "for {}"],
+    ),
+    "amount": (
+        lambda rng: f"{number(rng)}\t{rng.choice(w.UNITS)}",
+        ["reading unit_name", "amount unit_of", "much in_unit"],
+        ["{}", "of {}", "is {}", "at {}", "reads {}"],
+    ),
+}
+SHAPES = [
+    ("intent", "entities"),
+    ("action", "args"),
+    ("task", "slots"),
+    ("function", "parameters"),
+    ("name", "fields"),
+    ("do", "with"),
+    ("type", "data"),
+]
+HEADS = [
+    "{V} {n}",
+    "Please {v} the {n}",
+    "Can you {v} a {n}",
+    "{V} the {n}",
+    "I want to {v} a {n}",
+    "We need to {v} {n}",
+    "{V} one {n}",
+    "Could you {v} our {n}",
+    "{V}",
+    "It is time to {v} the {n}",
+    "Somebody should {v} the {n}",
+    "{N} to {v}:",
+    "The {n}",
+    "There is a {n}",
+    "We have a {n}",
+    "{N}:",
+    "I saw a {n}",
+    "My {n}",
+    "What {n}",
+    "Which {n} did we {v}",
+    "",
+    "",
+]
+OPENERS = [
+    "",
+    "",
+    "",
+    "",
+    "",
+    "Hi, ",
+    "Please: ",
+    "Hello there, ",
+    "One more: ",
+    "Good day. ",
+    "Sorry, ",
+    "Dear all, ",
+    "Note: ",
+]
+CLOSERS = ["", "", "", "", "", " Thanks.", " Many thanks.", " It is important.", " Bye."]
+
+
+class Schema:
+    """One made-up command: its answer's shape, its entity keys and a few wordings, all fixed by the seed."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.verb, self.noun = word(rng, w.VERBS), word(rng, w.NOUNS)
+        self.intent = rng.choice(
+            [f"{self.verb}_{self.noun}", f"{self.verb}_{self.noun}", self.noun, f"{self.noun}_{self.verb}", self.verb]
+        )
+        self.outer = rng.choice(SHAPES)
+        family = rng.random() < 0.5
+        kinds, natural = (
+            rng.choice(w.FAMILIES) if family else (rng.sample(list(SLOTS), k=rng.choice((1, 2, 2, 3, 3, 4))), [])
+        )
+        self.types = list(kinds)
+        self.keys = [rng.choice(SLOTS[kind][1]) for kind in kinds]
+        self.keys = [f"{key}{i}" if self.keys.index(key) < i else key for i, key in enumerate(self.keys)]
+        self.order = rng.sample(range(len(kinds)), k=len(kinds))
+        self.wordings = (
+            rng.sample(natural, k=rng.choice((4, 6)))
+            if natural
+            else [self.wording(rng) for _ in range(rng.choice((4, 6, 8)))]
+        )
+
+    def wording(self, rng: random.Random) -> str:
+        """A sentence with a field for every slot, in any order, around the schema's verb and noun."""
+        head = rng.choice(HEADS).format(v=self.verb, n=self.noun, V=self.verb.capitalize(), N=self.noun.capitalize())
+        said = [rng.choice(SLOTS[kind][2]).format(f"{{{i}}}") for i, kind in enumerate(self.types)]
+        rng.shuffle(said)
+        parts = [head, *said] if head else said
+        if rng.random() < 0.4:
+            first = said[0] + (
+                rng.choice([" has", " is", ":", " was", " needs", " shows", ","]) if rng.random() < 0.5 else ""
+            )
+            parts = [first, *([head] if head else []), *said[1:]]
+        joint = rng.choice([" ", " ", " ", " ", ", ", "; ", " and "])
+        return "".join(
+            (rng.choice([" ", " ", joint]) if i else "") + part for i, part in enumerate(parts)
+        ) + rng.choice("...?!")
+
+    def hint(self) -> str:
+        """The schema as a prompt names it."""
+        return f"{self.outer[0]}={self.intent} {self.outer[1]}={' '.join(self.keys[i] for i in self.order)}"
+
+    def example(self, rng: random.Random) -> tuple[str, str]:
+        """A command and its JSON answer, with fresh values."""
+        drawn = [SLOTS[kind][0](rng) for kind in self.types]
+        text = rng.choice(self.wordings).format(*(value.replace("\t", " ") for value in drawn))
+        opener = rng.choice(OPENERS)
+        if rng.random() < 0.7:
+            text = text[0].upper() + text[1:] if not opener and self.types else text
+        said = [(self.keys[i], drawn[i]) for i in self.order]
+        inner = {k: v for key, value in said for k, v in zip(key.split(), value.split("\t"), strict=True)}
+        return opener + text + rng.choice(CLOSERS), json.dumps(
+            {self.outer[0]: self.intent, self.outer[1]: inner}, ensure_ascii=False
+        )
+
+
+@functools.cache
+def remembered(index: int) -> Schema:
+    """One of the schemas that keep their wordings for the whole of pre-training."""
+    return Schema(random.Random(f"schema {index}"))
+
+
+def fill(rng: random.Random) -> dict[str, str]:
+    """Random words for the fields of a question or of a plain sentence, drawn once a document."""
+    noun, other = word(rng, w.NOUNS), word(rng, w.NOUNS)
+    return {
+        "noun": noun,
+        "noun2": other,
+        "nouns": noun + "s",
+        "nouns2": other + "s",
+        "adj": word(rng, w.ADJECTIVES),
+        "adj2": word(rng, w.ADJECTIVES),
+        "verb": word(rng, w.VERBS),
+        "verb2": word(rng, w.VERBS),
+        "name": person(rng),
+        "name2": person(rng),
+        "city": rng.choice(w.CITIES),
+        "n": number(rng),
+        "m": number(rng),
+        "year": str(rng.randint(1500, 2040)),
+        "day": date(rng),
+        "place": place(rng),
+        "id": identifier(rng),
+        "id2": identifier(rng),
+    }
+
+
+def chat(turns: list[tuple[str, str]], first: float = 1.0) -> list[Piece]:
+    """Turns in Gemma's chat format; `first` is the weight of the first answer, which may be a guess."""
+    pieces: list[Piece] = [("<bos>", 0.0)]
+    for asked, answered in turns:
+        pieces.append((f"<start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\n", PROMPT_WEIGHT))
+        pieces.append((f"{answered}<end_of_turn>\n", first if len(pieces) == 2 else 1.0))
+    return pieces
+
+
+def listing(rng: random.Random) -> tuple[str, str]:
+    """Small exercises in copying: repeat, sort out, put in quotes, list as JSON."""
+    values = [rng.choice([identifier, number, thing, person, date, place, task])(rng) for _ in range(rng.randint(1, 4))]
+    kind = rng.randrange(4)
+    if kind == 0:
+        return "Repeat: " + ", ".join(values), ", ".join(values)
+    if kind == 1:
+        return "List: " + "; ".join(values), json.dumps(values)
+    if kind == 2:
+        return f"Which comes last: {', '.join(values)}?", values[-1]
+    keys = rng.sample(w.NOUNS, k=len(values))
+    return " and ".join(f"{key} is {value}" for key, value in zip(keys, values, strict=True)) + ".", json.dumps(
+        dict(zip(keys, values, strict=True))
+    )
+
+
+def document(rng: random.Random) -> list[Piece]:
+    """One document: a chat with a remembered, a named or a repeated schema, an exercise, a question or plain sentences."""
+    kind = rng.random()
+    if kind < 0.35:
+        return chat([remembered(rng.randrange(SCHEMAS)).example(rng)])
+    if kind < 0.60:
+        schema = Schema(rng)
+        asked, answered = schema.example(rng)
+        if rng.random() < 0.12:
+            form = rng.choice(w.QUESTIONS)[0]
+            asked, answered = form.format(**fill(rng)), json.dumps({schema.outer[0]: "none", schema.outer[1]: {}})
+        return chat([(rng.choice([f"{schema.hint()}\n{asked}", f"{asked}\n{schema.hint()}"]), answered)])
+    if kind < 0.70:
+        schema = Schema(rng)
+        return chat([schema.example(rng) for _ in range(rng.choice((2, 3)))], first=PROMPT_WEIGHT)
+    if kind < 0.87:
+        return chat([listing(rng)])
+    if kind < 0.95:
+        form, reply = rng.choice(w.QUESTIONS)
+        words = fill(rng)
+        return chat(
+            [(rng.choice(OPENERS) + form.format(**words) + rng.choice(CLOSERS), reply.format(**words))], first=0.5
+        )
+    return [
+        ("<bos>", 0.0),
+        (" ".join(rng.choice(w.PLAIN).format(**fill(rng)) for _ in range(rng.randint(1, 4))) + "<eos>", 0.5),
+    ]
+
+
+if __name__ == "__main__":
+    source = random.Random(0)
+    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 20):
+        print("".join(text for text, _ in document(source)), end="\n\n")

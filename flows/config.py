@@ -1,0 +1,77 @@
+"""The pipeline's single parameter: data, base models, and one config a stage."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasks.distill import DistillConfig
+from tasks.evaluate import EvaluateConfig
+from tasks.gguf import GgufConfig, Kind
+from tasks.ingest import IngestConfig
+from tasks.merge import MergeConfig
+from tasks.outliers import OutlierConfig
+from tasks.teacher import FineTuneConfig
+
+DELIVERED: list[Kind] = ["BF16", "Q8_0", "Q4_0", "Q4_K_M"]
+
+
+class PipelineConfig(BaseModel):
+    """JSONL in, proven GGUF out. Presets with every field are in `deployments/presets/`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, title="Pipeline")
+
+    train: str
+    """Training rows: a file path, relative to the working directory."""
+    validation: str | None = None
+    """Rows for the validation loss; without it a part of `train` is held back."""
+    test: str | None = None
+    """Held-out rows that every model is evaluated on; without it a part of `train` is held back."""
+    teacher_base: str
+    """The teacher's base: a name on the Hugging Face hub (`google/gemma-3-1b-it`) or a local directory."""
+    student_base: str
+    """The student's base, with the teacher's tokenizer (`google/gemma-3-270m-it`)."""
+    revision: dict[str, str] = {}
+    """Hub revisions to pin, by name: `{"google/gemma-3-1b-it": "<commit>"}`."""
+    direct: bool = True
+    """Also fine-tune the student without a teacher, on the same rows for the same steps: what does distilling buy?"""
+    ingest: IngestConfig = IngestConfig()
+    teacher: FineTuneConfig = FineTuneConfig()
+    student: DistillConfig = DistillConfig()
+    outliers: OutlierConfig = OutlierConfig()
+    merge: MergeConfig = MergeConfig()
+    gguf: list[GgufConfig] = Field(default=[GgufConfig(kind=kind) for kind in DELIVERED], min_length=1)
+    """The GGUF files to deliver, one of a kind."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _kinds_once(self) -> Self:
+        kinds = [one.kind for one in self.gguf]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"gguf names a kind twice: {', '.join(kinds)}")
+        return self
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The user's files by split, those that are given."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: path for split, path in given.items() if path}
+
+    @property
+    def direct_config(self) -> FineTuneConfig:
+        """The student's training settings without those of distillation."""
+        shared = self.student.model_dump(include=set(FineTuneConfig.model_fields))
+        return FineTuneConfig.model_validate(shared)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """A config from YAML. Raises ValueError that names the field and the file."""
+        try:
+            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls.model_validate(values)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        except ValidationError as error:
+            lines = (f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ValueError(f"{path} has settings that do not fit:\n" + "\n".join(lines)) from error

@@ -1,0 +1,63 @@
+"""Runs a flow's tasks one after the other, remembers how each went, and opens and ends the flow's MLflow run."""
+
+import time
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+from prefect import Task, get_run_logger
+from prefect.artifacts import create_link_artifact
+from prefect.runtime import flow_run
+from pydantic import BaseModel
+
+from tasks.core.mlflow_run import Run
+from tasks.core.settings import Settings
+from tasks.core.store import open_store
+from tasks.core.tracking import Tracker, tracker
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Stages:
+    """`run(name, task, *arguments)` calls a task in this process (so that cancelling reaches its child at once)."""
+
+    def __init__(self, config: BaseModel) -> None:
+        self.settings = Settings()
+        self.flow_run_id = str(flow_run.get_id())
+        self.records: list[dict[str, Any]] = []
+        self._config = config
+
+    def __enter__(self) -> Self:
+        open_store(self.settings.store_uri).check()
+        logger = get_run_logger()
+        self.tracker: Tracker = tracker(self.settings, logger.warning)
+        self.tracker.reap()
+        self.mlflow: Run = self.tracker.flow()
+        self._ending = self.tracker.ended(self.mlflow)
+        self._ending.__enter__()
+        self.mlflow.params(flat(self._config.model_dump(mode="json")))
+        link = self.tracker.link(self.mlflow)
+        if link:
+            create_link_artifact(link, link_text="This run in MLflow", key="mlflow-run")
+        return self
+
+    def __call__(self, name: str, task: "Task[P, R]", *arguments: P.args, **options: P.kwargs) -> R:
+        """The task's result; its name, seconds and whether it came from the cache are kept in `records`."""
+        start = time.monotonic()
+        state = task(*arguments, return_state=True, **options)
+        seconds = round(time.monotonic() - start, 3)
+        self.records.append({"name": name, "seconds": seconds, "cached": state.name == "Cached"})
+        return state.result()  # raises what the task raised
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ending.__exit__(kind, error, trace)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as MLflow params: `teacher.rank = 32`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

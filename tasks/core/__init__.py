@@ -1,0 +1,1 @@
+"""What every stage and the flow share, free of torch: refs, store, commands, child processes, tracking."""

@@ -1,0 +1,78 @@
+"""A stage's cache key: its name, the code that makes its output, its config, its inputs' digests. Nothing else."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from tasks.core.config import StageConfig
+from tasks.core.refs import Ref
+
+# The shell's side of core: how a stage is watched, stored and shown does not change what it makes.
+NOT_CODE_OF_OUTPUT = {"tasks.core.errors", "tasks.core.job", "tasks.core.command", "tasks.core.provenance"}
+
+
+def cache_key(stage: str, config: StageConfig, inputs: Mapping[str, Ref | Mapping[str, Ref] | None]) -> str:
+    """sha256 (64 hex digits) over all that decides the output of `tasks.<stage>.run`."""
+    parts = {
+        "stage": stage,
+        "code": code_digest(f"tasks.{stage}.run"),
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: _digests(ref) for name, ref in sorted(inputs.items()) if ref is not None},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(ref: "Ref | Mapping[str, Ref]") -> object:
+    if isinstance(ref, Mapping):
+        return {name: _digests(one) for name, one in sorted(ref.items())}
+    return [ref.digest, ref.base.digest] if ref.kind == "adapter" else ref.digest
+
+
+@lru_cache(maxsize=64)
+def code_digest(module: str) -> str:
+    """sha256 over the module's source and, through its imports, every module of `tasks` that it reaches.
+
+    Comments, docstrings and formatting do not count: the syntax tree is hashed, not the text.
+    """
+    sources = {name: ast.dump(tree) for name, tree in sorted(_reached(module).items())}
+    return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
+
+
+def _reached(module: str) -> dict[str, ast.Module]:
+    found: dict[str, ast.Module] = {}
+    queue = [module]
+    while queue:
+        name = queue.pop()
+        path = _source(name)
+        if path is None or name in found or name in NOT_CODE_OF_OUTPUT:
+            continue
+        tree = ast.parse(path.read_bytes())
+        found[name] = _WithoutDocstrings().visit(tree)
+        queue += _imports(tree)
+    return found
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Names in import statements anywhere in the tree; `from package import module` gives both."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _source(name: str) -> Path | None:
+    """The file of a module of `tasks`, found without importing anything; None for everything else."""
+    if not name.startswith("tasks."):
+        return None
+    stem = Path(__file__).parents[2].joinpath(*name.split("."))
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:  # noqa: N802
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node

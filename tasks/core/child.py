@@ -1,0 +1,127 @@
+"""Runs a stage's command in a child process, follows its events, and never leaves it behind.
+
+A child, because a CUDA assert or an out-of-memory error poisons its process, because memory is really free when a
+process ends, and because a process can be killed. It stays in our session, so that whoever kills our process group
+kills it too, and asks the kernel for SIGTERM when we die.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tasks.core.errors import BY_EXIT_CODE, Killed, StageError, Stalled
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 20.0  # Prefect's own grace for a cancelled run is 30 s for the whole process group
+LOG_LINES = 30
+
+
+def run_command(
+    module: str,
+    arguments: Sequence[str],
+    work: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    stall_seconds: float,
+    timeout_seconds: float,
+) -> None:
+    """Runs `python -m module arguments` to its end; returns when it exits with 0.
+
+    Its output goes to `<work>/log.txt`, its events (`<work>/events.jsonl`) to `on_event` as they come. Raises the
+    error that its exit code stands for, with its own message or the end of its log; `Stalled` when neither file
+    grows for `stall_seconds` or it runs past `timeout_seconds`. Whatever ends this function early (cancellation,
+    a time-out, Ctrl-C) stops the child first: SIGTERM, 20 s, SIGKILL, for it and all its descendants.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    log, events = work / "log.txt", work / "events.jsonl"
+    events.touch()
+    environment = os.environ | {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output, events.open(encoding="utf-8") as stream:
+        stream.seek(0, os.SEEK_END)
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+        try:
+            _follow(child, log, events, stream, on_event, stall_seconds, timeout_seconds)
+        except BaseException:
+            stop_tree(child.pid)
+            _forward(stream, on_event)  # what it said while it saved its last checkpoint
+            raise
+        _forward(stream, on_event)
+    if child.returncode:
+        raise _error(module, child.returncode, work)
+
+
+def _follow(
+    child: "subprocess.Popen[bytes]", log: Path, events: Path, stream: Any,
+    on_event: Callable[[dict[str, Any]], None], stall_seconds: float, timeout_seconds: float,
+) -> None:  # fmt: skip
+    started = alive = time.monotonic()
+    sizes = (-1, -1)
+    while child.poll() is None:
+        time.sleep(POLL_SECONDS)
+        _forward(stream, on_event)
+        grown = (log.stat().st_size, events.stat().st_size)
+        now = time.monotonic()
+        if grown != sizes:
+            sizes, alive = grown, now
+        if now - alive > stall_seconds:
+            child.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
+            time.sleep(1)
+            raise Stalled(f"no sign of life for {stall_seconds:.0f} s; stopped. Its stacks:\n{tail(log)}")
+        if now - started > timeout_seconds:
+            raise Stalled(f"still running after {timeout_seconds:.0f} s (STILLHOUSE_TIMEOUT_SECONDS); stopped")
+
+
+def _forward(stream: Any, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Hands over the complete lines; a line still being written is left for the next time."""
+    while True:
+        position = stream.tell()
+        line = stream.readline()
+        if not line.endswith("\n"):
+            stream.seek(position)
+            return
+        on_event(json.loads(line))
+
+
+def _error(module: str, code: int, work: Path) -> StageError:
+    kind = Killed if code < 0 else BY_EXIT_CODE.get(code, StageError)
+    told = work / "error.json"
+    if code > 0 and told.exists():
+        message = json.loads(told.read_text())["message"]
+    elif code < 0:
+        name = signal.Signals(-code).name
+        hint = " (the host's memory may have run out: see dmesg)" if name == "SIGKILL" else ""
+        message = f"{module} was ended by {name}{hint}. The end of its log:\n{tail(work / 'log.txt')}"
+    else:
+        message = f"{module} exited with {code}. The end of its log:\n{tail(work / 'log.txt')}"
+    return kind(message)
+
+
+def tail(path: Path, lines: int = LOG_LINES) -> str:
+    """The last lines of a log, each cut at 500 characters."""
+    if not path.exists():
+        return ""
+    return "\n".join(line[:500] for line in path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def stop_tree(pid: int, grace_seconds: float = GRACE_SECONDS) -> None:
+    """SIGTERM to the process, which tells its own children (torchrun does); SIGKILL to all that is left."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    root.terminate()
+    _, alive = psutil.wait_procs(family, timeout=grace_seconds)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=5)

@@ -1,0 +1,54 @@
+"""Where things are kept and which servers are used: environment variables only, never a flow's parameter.
+
+`STILLHOUSE_HOME` (default `.stillhouse` in the working directory) holds the store, scratch space and MLflow's
+database unless `STILLHOUSE_STORE` (`s3://bucket/prefix`) and `MLFLOW_TRACKING_URI` say otherwise. Credentials are
+boto3's and MLflow's own variables.
+"""
+
+import os
+import socket
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read anew where it is needed, so that a test or a worker can set the environment first."""
+
+    model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", frozen=True)
+
+    home: Path = Path(".stillhouse")
+    """Directory for everything that is kept on this machine."""
+    store: str | None = None
+    """The object store: `file:///...` or `s3://bucket/prefix`; default `<home>/store`."""
+    gpu_slot: str = Field(default_factory=lambda: f"gpu-{socket.gethostname().lower()}")
+    """Name of the global concurrency limit that a stage holds while its command runs."""
+    gpu_slots: int = Field(default=1, ge=1)
+    """How many stages may run at once on this host, used when the limit does not exist yet."""
+    stall_seconds: float = Field(default=1800, gt=0)
+    """A command that shows no sign of life for so long is stopped, its stacks in its log, and tried again."""
+    timeout_seconds: float = Field(default=7 * 24 * 3600, gt=0)
+    """A command that runs longer is stopped."""
+    keep_scratch: bool = False
+    """Keep a finished stage's checkpoints and logs below `<home>/scratch`."""
+    experiment: str = "stillhouse"
+    """The MLflow experiment."""
+
+    @cached_property
+    def root(self) -> Path:
+        """`home`, absolute, made if it is not there."""
+        root = self.home.expanduser().absolute()
+        root.mkdir(parents=True, exist_ok=True)
+        return root
+
+    @cached_property
+    def store_uri(self) -> str:
+        """The store's URI, with the default filled in."""
+        return self.store or (self.root / "store").as_uri()
+
+    @cached_property
+    def tracking_uri(self) -> str:
+        """MLflow's tracking URI: `MLFLOW_TRACKING_URI`, or a SQLite file below `home`."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow.db'}"

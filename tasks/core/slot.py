@@ -1,0 +1,40 @@
+"""The GPU slot: a Prefect global concurrency limit, held only while a stage's command runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+from tasks.core.settings import Settings
+
+LEASE_SECONDS = 60.0  # how long a slot stays taken after its holder was killed without a word
+
+
+@contextmanager
+def gpu_slot(settings: Settings, logger: Any) -> Iterator[None]:
+    """Waits for and holds one slot of `STILLHOUSE_GPU_SLOT`, which is made on first use.
+
+    Strict: should the limit vanish meanwhile, that is an error and not a silent free-for-all.
+    """
+    _ensure(settings)
+    logger.debug("waiting for a slot of %s", settings.gpu_slot)
+    with concurrency(
+        settings.gpu_slot, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
+    ):
+        yield
+
+
+def _ensure(settings: Settings) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(settings.gpu_slot)
+        except ObjectNotFound:
+            limit = GlobalConcurrencyLimitCreate(name=settings.gpu_slot, limit=settings.gpu_slots)
+            try:
+                client.create_global_concurrency_limit(limit)
+            except ObjectAlreadyExists:
+                return

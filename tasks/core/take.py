@@ -1,0 +1,70 @@
+"""Takes a user's files and base models into the store, so that every machine works on the same verified bytes."""
+
+import tempfile
+from pathlib import Path
+
+from prefect import get_run_logger, task
+
+from tasks.core.errors import BadConfig, BadData, StorageUnavailable
+from tasks.core.refs import FilesRef, ModelRef
+from tasks.core.retry import TASK
+from tasks.core.settings import Settings
+from tasks.core.store import open_store
+
+# Configs, tokenizers and templates, and weights as safetensors only: a pickle is never taken.
+MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+
+
+@task(name="take-files", **TASK)
+def take_files(files: dict[str, str]) -> FilesRef:
+    """`{"train": "rows.jsonl", "test": ...}` as one artifact: `train.jsonl`, `test.jsonl` ..., suffixes kept."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, file in files.items():
+            path = Path(file).expanduser().absolute()
+            if not path.is_file():
+                raise BadData(f"{name}: no file at {path}; paths are relative to {Path.cwd()}")
+            (Path(directory) / (name + "".join(path.suffixes))).symlink_to(path)
+        store = open_store(Settings().store_uri)
+        digest = store.put(Path(directory))
+    size = sum(Path(file).expanduser().stat().st_size for file in files.values())
+    return FilesRef(uri=store.uri, digest=digest, facts={"bytes": size})
+
+
+@task(name="take-model", **TASK)
+def take_model(source: str, revision: str | None = None) -> ModelRef:
+    """A local model directory, or a model of the Hugging Face hub at `revision`, as an artifact.
+
+    Raises `BadConfig` when it is neither, lacks config.json or has no safetensors.
+    """
+    local = Path(source).expanduser().absolute()
+    directory = local if local.is_dir() else _download(source, revision)
+    if not (directory / "config.json").exists():
+        raise BadConfig(f"{source}: {directory} holds no config.json, so it is not a model in Hugging Face's layout")
+    if not any(directory.glob("*.safetensors")):
+        raise BadConfig(f"{source}: no *.safetensors in {directory}; convert its weights first (pickles are refused)")
+    with tempfile.TemporaryDirectory() as staged:
+        for pattern in MODEL_FILES:
+            for path in directory.glob(pattern):
+                (Path(staged) / path.name).symlink_to(path.resolve())
+        store = open_store(Settings().store_uri)
+        digest = store.put(Path(staged))
+    return ModelRef(uri=store.uri, digest=digest, facts={"source": source})
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415  (slow to import, rarely needed)
+
+    get_run_logger().info("fetching %s from the hub", name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    except errors.GatedRepoError as error:
+        raise BadConfig(f"{name} is gated: accept its licence on the hub and set HF_TOKEN ({error})") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise BadConfig(
+            f"base model {name!r} is neither a directory here ({Path(name).absolute()}) nor a model on the hub; "
+            f"for a private one set HF_TOKEN ({error})"
+        ) from error
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise StorageUnavailable(
+            f"base model {name!r} is not a directory here, and the hub does not answer: {error}"
+        ) from error

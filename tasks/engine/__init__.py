@@ -1,0 +1,1 @@
+"""What stages that run torch share: loading, chat and labels, losses, the training loop."""

@@ -1,0 +1,138 @@
+"""Checkpoints that can be trusted: safetensors and JSON only, a manifest of sha256 written last, two kept.
+
+write(root, step, tensors, documents, made_by)
+newest(root, made_by, warn)        # the newest whose files are what was written, or None
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+KEEP = 2
+
+
+def write(
+    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any], made_by: str
+) -> Path:
+    """Writes `<root>/checkpoint-<step>`: one file for each of `tensors` and `documents`, then the manifest.
+
+    `made_by` is a fingerprint of what decides the run (config, data, model): `newest` takes no other run's.
+    """
+    directory = root / f"checkpoint-{step}"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    for name, group in tensors.items():
+        save_file({key: value.detach().contiguous() for key, value in group.items()}, directory / f"{name}.safetensors")
+    for name, document in documents.items():
+        (directory / f"{name}.json").write_text(json.dumps(document))
+    files = {path.name: _sha256(path, sync=True) for path in sorted(directory.iterdir())}
+    with (directory / MANIFEST).open("w") as file:
+        json.dump({"step": step, "made_by": made_by, "files": files}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    for old in _by_step(root)[KEEP:]:
+        shutil.rmtree(old)
+    return directory
+
+
+def newest(root: Path, made_by: str, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint of this run that is whole; a damaged one is passed over with a warning, and removed."""
+    for directory in _by_step(root):
+        problem = _problem(directory, made_by)
+        if problem is None:
+            return directory
+        warn(f"checkpoint {directory.name} is not used: {problem}")
+        shutil.rmtree(directory)
+    return None
+
+
+def read(directory: Path, name: str) -> dict[str, Tensor]:
+    """One group of tensors of a checkpoint, on the CPU."""
+    return load_file(directory / f"{name}.safetensors")
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+    return state
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A torch optimizer's state_dict as tensors named `<parameter index>/<key>` and a JSON rest."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{key}"] = value
+            else:
+                rest.setdefault(str(index), {})[key] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    return tensors, {"rest": rest, "groups": groups}
+
+
+def unflatten_optimizer(
+    tensors: dict[str, Tensor], saved: dict[str, Any], groups: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The state_dict that `flatten_optimizer` took apart; `groups` are the new optimizer's own parameter groups."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["rest"].items()}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = value
+    merged = [{**old, "params": group["params"]} for old, group in zip(saved["groups"], groups, strict=True)]
+    return {"state": state, "param_groups": merged}
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of torch's, numpy's and Python's generators, as tensors and JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    tensors |= {f"cuda{i}": value for i, value in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *numbers = numpy.random.get_state(legacy=True)
+    return tensors, {"python": random.getstate(), "numpy": [name, [int(key) for key in keys], *numbers]}
+
+
+def restore_random_state(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Sets the generators to what `random_state` saw."""
+    torch.set_rng_state(tensors["cpu"])
+    for i in range(min(torch.cuda.device_count(), len(tensors) - 1)):
+        torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+
+
+def _problem(directory: Path, made_by: str) -> str | None:
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return "its writing did not end"
+    if manifest.get("made_by") != made_by:
+        return "another run made it (other settings, rows or model)"
+    for name, digest in manifest["files"].items():
+        if not (directory / name).is_file() or _sha256(directory / name) != digest:
+            return f"{name} is not what was written (sha256 differs)"
+    return None
+
+
+def _by_step(root: Path) -> list[Path]:
+    """Checkpoint directories, newest first."""
+    return sorted(root.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+
+
+def _sha256(path: Path, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()

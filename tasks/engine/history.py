@@ -1,0 +1,86 @@
+"""A training run's numbers by step: what diverged, what is drawn, what a resumed run goes on from."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+from torch import Tensor
+
+matplotlib.use("Agg")
+WINDOW = 20
+COLORS = {"loss": "#1f4e79", "kd_loss": "#c55a11", "ce_loss": "#548235"}
+
+
+class History:
+    """`steps` holds one list a number, one value a step; `validation` the same with the step it was taken at."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[float]] = {}
+        self.validation: dict[str, list[float]] = {}
+
+    def __len__(self) -> int:
+        return len(self.steps.get("loss", []))
+
+    def add(self, values: dict[str, float], vocabulary: int) -> str | None:
+        """Records a step and says what is wrong with it, if anything: not finite, or far worse than guessing.
+
+        Guessing uniformly costs ln(vocabulary) a token. One step at three times that (or three times the first
+        step's loss), or 20 steps above both by 1 nat on average, will not come back by itself.
+        """
+        for name, value in values.items():
+            self.steps.setdefault(name, []).append(value)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                return f"{name} is {values[name]}"
+        losses = self.steps.get("ce_loss", self.steps["loss"])
+        start = max(math.log(vocabulary), losses[0])
+        if losses[-1] > 3 * start:
+            return f"cross-entropy is {losses[-1]:.4g}, guessing costs {math.log(vocabulary):.3g}"
+        mean = sum(losses[-WINDOW:]) / WINDOW
+        if len(losses) >= WINDOW and mean > start + 1:
+            return f"cross-entropy of the last {WINDOW} steps is {mean:.4g}, it began with {losses[0]:.4g}"
+        return None
+
+    def add_validation(self, step: int, values: dict[str, float]) -> None:
+        """Records validation losses taken after `step` steps."""
+        for name, value in {"step": float(step), **values}.items():
+            self.validation.setdefault(name, []).append(value)
+
+    def mean(self, name: str, last: int) -> float:
+        """Mean of a number over the last steps."""
+        values = self.steps[name][-last:]
+        return sum(values) / len(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The history as a checkpoint keeps it."""
+        named = {f"steps/{name}": values for name, values in self.steps.items()}
+        named |= {f"validation/{name}": values for name, values in self.validation.items()}
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in named.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Takes a checkpoint's history for its own."""
+        for name, values in tensors.items():
+            kind, _, key = name.partition("/")
+            getattr(self, kind)[key] = values.tolist()
+
+    def plot(self, path: Path, title: str) -> None:
+        """Draws training losses (thin: each step, thick: mean of 20) and validation losses (dots) as PNG."""
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+        for name in (name for name in COLORS if name in self.steps):
+            values, color = self.steps[name], COLORS[name]
+            axes.plot(range(1, len(values) + 1), values, color=color, alpha=0.25, linewidth=0.8)
+            smooth = [
+                sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - WINDOW + 1) : i + 1])
+            ]
+            axes.plot(range(1, len(values) + 1), smooth, color=color, linewidth=1.8, label=f"training {name}")
+            if name in self.validation:
+                axes.plot(self.validation["step"], self.validation[name], "o", color=color, label=f"validation {name}")
+        axes.set(title=title, xlabel="step", ylabel="nats per label token")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)

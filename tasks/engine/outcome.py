@@ -1,0 +1,78 @@
+"""What a training stage begins and ends with: rows in, the trained model and its report out."""
+
+import hashlib
+from pathlib import Path
+
+from pydantic import BaseModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tasks.core.command import Report
+from tasks.core.errors import BadData
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.engine.batches import encode_file
+from tasks.engine.chat import Example
+from tasks.engine.history import WINDOW, History
+from tasks.engine.plan import Plan, validation_losses
+from tasks.engine.trainable import Method, count_parameters, round_to_base, save_trained
+
+
+def read_splits(
+    tokenizer: PreTrainedTokenizerBase, dataset: Path, max_length: int, report: Report, job: Job
+) -> tuple[list[Example], list[Example]]:
+    """Training and validation rows of a dataset directory as ids; the validation rows may be missing.
+
+    What is left out is said in the report's warnings and in the job's log.
+    """
+
+    def warn(text: str) -> None:
+        report.warnings.append(text)
+        job.log(text, "warning")
+
+    train, validation = dataset / "train.jsonl", dataset / "validation.jsonl"
+    if not train.is_file():
+        raise BadData(f"{train} is not there: give a dataset directory that the ingest stage wrote")
+    has_validation = validation.is_file() and validation.stat().st_size > 0
+    rows = encode_file(tokenizer, train, max_length, warn)
+    return rows, encode_file(tokenizer, validation, max_length, warn) if has_validation else []
+
+
+def fingerprint(config: BaseModel, dataset: Path, *models: ModelDir) -> str:
+    """Names a run by its config, its rows and its models' configs and sizes: whose checkpoints it may go on from."""
+    digest = hashlib.sha256(config.model_dump_json().encode())
+    for split in ("train.jsonl", "validation.jsonl"):
+        digest.update((dataset / split).read_bytes() if (dataset / split).is_file() else b"-")
+    for directory in (directory for model in models for directory in model if directory):
+        for path in sorted(directory.glob("*.safetensors")):
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+        for path in sorted(directory.glob("*config.json")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def finish(
+    plan: Plan,
+    model: PreTrainedModel,
+    history: History,
+    method: Method,
+    base: ModelDir,
+    out: Path,
+    report: Report,
+    title: str,
+) -> Report:
+    """Measures the model as it will be saved, saves it into `out`, and fills the report."""
+    counts = count_parameters(model)
+    round_to_base(model, method, base)
+    losses = validation_losses(plan, model)
+    if losses:
+        history.add_validation(plan.steps, losses)
+    save_trained(model, method, base, plan.config.chat_template, out)
+    history.plot(out / "report" / "loss.png", title)
+    final = {f"train_{name}": history.mean(name, WINDOW) for name in history.steps if name.endswith("loss")}
+    final |= {f"validation_{name}": value for name, value in losses.items()}
+    plan.job.metrics(plan.steps, **final)
+    facts = {**counts, "steps": plan.steps, "method": method, "rows": len(plan.examples)}
+    report.facts |= facts | {name: round(value, 4) for name, value in final.items()}
+    report.metrics |= final
+    report.details["batch"] = {"effective": plan.config.batch_size, "micro": plan.micro_batch}
+    return report

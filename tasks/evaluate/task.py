@@ -1,0 +1,17 @@
+"""The evaluate stage's task."""
+
+from prefect import task
+
+from tasks.core.refs import AnyModel, DatasetRef, GgufRef, ReportRef
+from tasks.core.retry import TASK
+from tasks.core.shell import run_stage
+from tasks.evaluate import EvaluateConfig
+
+
+@task(name="evaluate", task_run_name="evaluate {label}", **TASK)
+def evaluate(
+    config: EvaluateConfig, model: AnyModel, dataset: DatasetRef, label: str, gguf: GgufRef | None = None
+) -> ReportRef:
+    """Scores of `model`, or of its GGUF file in llama.cpp, on the held-out rows."""
+    inputs = {"model": model, "dataset": dataset, "gguf": gguf}
+    return run_stage("evaluate", config, inputs, ReportRef, f"evaluate {label}")

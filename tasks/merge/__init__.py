@@ -1,0 +1,18 @@
+"""Merge: base and adapter become one model directory in Hugging Face's layout, shown to say the same."""
+
+from pydantic import Field
+
+from tasks.core.config import StageConfig
+
+
+class MergeConfig(StageConfig):
+    """How a merged model is written, and how far it may part from its adapter."""
+
+    shard_bytes: int = Field(default=1_900_000_000, ge=100_000, lt=2_000_000_000)
+    """Largest safetensors file, in bytes. Some object stores and file systems end at 2 GB."""
+    gate_rows: int = Field(default=64, ge=1)
+    """Held-out rows on which the unmerged and the merged model are compared."""
+    max_mean_kl: float = Field(default=0.01, gt=0)
+    """Largest mean KL divergence, in nats an answer token. Rounding to bfloat16 costs about 0.0001."""
+    min_top1: float = Field(default=0.97, ge=0, le=1)
+    """Smallest fraction of answer tokens whose most likely token is the same."""

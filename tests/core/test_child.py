@@ -1,0 +1,137 @@
+"""The supervisor against a stage that misbehaves, in real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tasks.core import child
+from tasks.core.errors import BadConfig, GateFailed, Killed, NoSpace, OutOfMemory, Preempted, StageError, Stalled
+
+
+def run(tmp_path: Path, act: str, *extra: str, stall: float = 30, timeout: float = 60) -> list[dict[str, Any]]:
+    config, events = tmp_path / "config.json", []
+    config.write_text(json.dumps({"act": act}))
+    arguments = [str(config), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *extra]
+    child.run_command("tests.core.probe", arguments, tmp_path / "work", events.append, stall, timeout)
+    return events
+
+
+def pid_in(tmp_path: Path, word: str) -> int:
+    events = (tmp_path / "work" / "events.jsonl").read_text().splitlines()
+    messages = [json.loads(line).get("message", "") for line in events]
+    return next(int(message.split()[1]) for message in messages if message.startswith(word))
+
+
+def test_success_writes_report_last_and_forwards_events(tmp_path: Path) -> None:
+    events = run(tmp_path, "succeed", "--data", "d", "--models", "m=base+adapter", "--rung", "2")
+    assert [event["event"] for event in events] == ["log", "progress", "metrics"]
+    assert events[2]["values"] == {"loss": 0.5}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["facts"] == {"rung": 2, "data": "d", "adapter": "adapter"}
+    assert report["stage"] == "probe"
+    assert json.loads((tmp_path / "out" / "provenance.json").read_text())["config"] == {"act": "succeed"}
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "said"),
+    [
+        ("gate", GateFailed, "exact match 0.81 is below 0.90"),
+        ("value", BadConfig, "learning_rate is -1"),
+        ("memory", OutOfMemory, "CUDA out of memory"),
+        ("disk", NoSpace, "no space left"),
+        ("segfault", Killed, "SIGSEGV"),
+        ("killed", Killed, "SIGKILL"),
+        ("crash", StageError, "nobody foresaw this"),
+    ],
+)
+def test_exit_codes_become_typed_errors(tmp_path: Path, act: str, error: type[StageError], said: str) -> None:
+    with pytest.raises(StageError, match=said) as raised:
+        run(tmp_path, act)
+    assert type(raised.value) is error
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_bad_config_names_the_field(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="act"):
+        run(tmp_path, 7)  # type: ignore[arg-type]
+
+
+def test_a_stale_error_is_not_told_again(tmp_path: Path) -> None:
+    with pytest.raises(GateFailed):
+        run(tmp_path, "gate")
+    run(tmp_path, "succeed")
+    assert not (tmp_path / "work" / "error.json").exists()
+
+
+def test_stall_is_seen_and_its_stacks_are_shown(tmp_path: Path) -> None:
+    with pytest.raises(Stalled, match="in probe"):
+        run(tmp_path, "sleep", stall=2)
+    assert not psutil.pid_exists(pid_in(tmp_path, "pid"))
+
+
+def test_time_limit(tmp_path: Path) -> None:
+    with pytest.raises(Stalled, match="still running"):
+        run(tmp_path, "sleep", timeout=2)
+
+
+def test_a_checkpoint_is_saved_on_sigterm(tmp_path: Path) -> None:
+    def terminate() -> None:
+        while (
+            not (tmp_path / "work" / "events.jsonl").exists()
+            or "metrics" not in (tmp_path / "work" / "events.jsonl").read_text()
+        ):
+            time.sleep(0.05)
+        os.kill(pid_in(tmp_path, "pid"), signal.SIGTERM)
+
+    threading.Thread(target=terminate).start()
+    with pytest.raises(Preempted, match="same command"):
+        run(tmp_path, "checkpoint")
+    assert (tmp_path / "work" / "checkpoint").read_text() == "saved"
+
+
+def test_interrupting_the_parent_leaves_no_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child and a grandchild that ignore SIGTERM are killed when the parent is interrupted."""
+    monkeypatch.setattr(child, "GRACE_SECONDS", 1.0)
+    monkeypatch.setattr(child.stop_tree, "__defaults__", (1.0,))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"act": "stubborn"}))
+    arguments = [str(config), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if str(event.get("message", "")).startswith("grandchild"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        child.run_command("tests.core.probe", arguments, tmp_path / "work", interrupt, 30, 60)
+    assert not psutil.pid_exists(pid_in(tmp_path, "pid"))
+    assert not psutil.pid_exists(pid_in(tmp_path, "grandchild"))
+
+
+def test_the_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"act": "sleep"}))
+    code = (
+        "import sys; from pathlib import Path; from tasks.core.child import run_command; t = Path(sys.argv[1]);"
+        "run_command('tests.core.probe', [str(t/'config.json'), '--out', str(t/'out'), '--work', str(t/'work')],"
+        "t/'work', lambda event: None, 60, 60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            pid = pid_in(tmp_path, "pid")
+            break
+        except (FileNotFoundError, StopIteration):
+            time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not psutil.pid_exists(pid)

@@ -1,0 +1,106 @@
+"""MLflow on a real SQLite store: one run a flow run, nested stage runs, truthful ends, nothing lost when it is down."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tasks.core.errors import GateFailed, Preempted
+from tasks.core.settings import Settings
+from tasks.core.tracking import PROCESS, STAGE, Tracker
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Settings()
+
+
+def open_tracker(settings: Settings, flow_run: str = "flow-1") -> Tracker:
+    def fail(message: str) -> None:
+        raise AssertionError(message)
+
+    return Tracker(flow_run, "brave-otter", settings, fail)
+
+
+def test_runs_end_truthfully_and_a_retry_continues_the_same_run(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    tracker = open_tracker(settings)
+    parent = tracker.flow()
+    with pytest.raises(GateFailed), tracker.stage("teacher") as run:
+        run.metrics(1, {"loss": 2.0})
+        raise GateFailed("too bad")
+    failed = client.get_run(run.run_id)
+    assert failed.info.status == "FAILED" and "too bad" in failed.data.tags["error"]
+    assert failed.data.tags["mlflow.parentRunId"] == parent.run_id
+
+    with pytest.raises(Preempted), tracker.stage("teacher") as again:
+        raise Preempted("stopped")
+    assert again.run_id == run.run_id and client.get_run(run.run_id).info.status == "KILLED"
+    with pytest.raises(KeyboardInterrupt), tracker.stage("teacher"):
+        raise KeyboardInterrupt
+    assert client.get_run(run.run_id).info.status == "KILLED"
+
+    with tracker.stage("teacher") as third:
+        third.params({"rank": 8})
+        third.metrics(2, {"loss": 1.0})
+    done = client.get_run(run.run_id)
+    assert third.run_id == run.run_id and done.info.status == "FINISHED"
+    assert [point.value for point in client.get_metric_history(run.run_id, "loss")] == [2.0, 1.0]
+    assert done.data.params == {"rank": "8"}
+
+
+def test_another_process_finds_the_same_runs(settings: Settings) -> None:
+    first, second = open_tracker(settings), open_tracker(settings)
+    assert first.flow().run_id == second.flow().run_id
+    assert open_tracker(settings, "flow-2").flow().run_id != first.flow().run_id
+
+
+def test_runs_of_killed_processes_are_reaped(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    tracker = open_tracker(settings)
+    dead, alive = tracker.flow(), open_tracker(settings, "flow-2").flow()
+    host, pid, _ = client.get_run(str(dead.run_id)).data.tags[PROCESS].split(":")
+    client.set_tag(str(dead.run_id), PROCESS, f"{host}:{pid}:1")  # the same pid, started in 1970: another process
+    tracker.reap()
+    assert client.get_run(str(dead.run_id)).info.status == "KILLED"
+    assert client.get_run(str(alive.run_id)).info.status == "RUNNING"
+
+
+def test_a_gguf_is_registered_once(settings: Settings) -> None:
+    tracker = open_tracker(settings)
+    with tracker.stage("gguf") as run:
+        for _ in range(2):
+            run.register("stillhouse-student", "file:///store/blob", "a" * 64)
+        run.register("stillhouse-student", "file:///store/other", "b" * 64)
+    versions = MlflowClient(settings.tracking_uri).search_model_versions("name = 'stillhouse-student'")
+    assert sorted(version.tags["sha256"] for version in versions) == ["a" * 64, "b" * 64]
+
+
+def test_datasets_and_artifacts(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    with open_tracker(settings).stage("ingest") as run:
+        run.dataset("dataset", "c" * 64, "file:///store", {"train_rows": 3})
+        run.artifacts(tmp_path / "report.json")
+    client = MlflowClient(settings.tracking_uri)
+    [dataset] = client.get_run(run.run_id).inputs.dataset_inputs
+    assert {tag.key: tag.value for tag in dataset.tags}["sha256"] == "c" * 64
+    assert json.loads(dataset.dataset.profile) == {"train_rows": 3}
+    assert [item.path for item in client.list_artifacts(run.run_id)] == ["report.json"]
+    assert client.get_run(run.run_id).data.tags[STAGE] == "ingest"
+
+
+def test_a_server_that_is_not_there_warns_once_and_stops_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    warnings: list[str] = []
+    tracker = Tracker("flow-1", "brave-otter", Settings(), warnings.append)
+    with tracker.stage("teacher") as run:
+        run.params({"rank": 8})
+        run.metrics(1, {"loss": 2.0})
+    assert run.run_id is None and tracker.link(run) is None
+    assert len(warnings) == 1 and "the run goes on without it" in warnings[0]

@@ -1,0 +1,87 @@
+"""`prefect.yaml` as a user deploys it: real server, real worker, runs made over REST, artifacts on a real S3 server."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+import yaml
+
+from tests.conftest import Bucket
+from tests.flows.pico_run import ROOT, settings
+from tests.prefect_server import PrefectServer
+
+PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+
+
+@pytest.fixture
+def worker(prefect_server: PrefectServer, s3: Bucket, tmp_path: Path) -> Iterator[None]:
+    """The three deployments on a process pool, and a worker that keeps its artifacts in S3."""
+    environment = os.environ | prefect_server.environment | {
+        "STILLHOUSE_ROOT": str(ROOT), "STILLHOUSE_HOME": str(tmp_path / "home"), "STILLHOUSE_STORE": s3.uri,
+        "PREFECT_WORKER_QUERY_SECONDS": "1", "STILLHOUSE_GPU_SLOT": "gpu-worker",
+    }  # fmt: skip
+
+    def prefect(*arguments: str) -> None:
+        done = subprocess.run([*PREFECT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    prefect("work-pool", "create", "stillhouse", "--type", "process", "--overwrite")
+    prefect("deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+    log = (tmp_path / "worker.log").open("wb")
+    process = subprocess.Popen(
+        [*PREFECT, "worker", "start", "--pool", "stillhouse"],
+        cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    yield
+    process.terminate()
+    process.wait(timeout=60)
+
+
+def create(server: PrefectServer, config: dict[str, Any], key: str) -> httpx.Response:
+    """What `curl -X POST .../create_flow_run` sends."""
+    deployment = httpx.get(f"{server.url}/deployments/name/stillhouse/api").json()["id"]
+    body = {"parameters": {"config": config}, "idempotency_key": key}
+    return httpx.post(f"{server.url}/deployments/{deployment}/create_flow_run", json=body, timeout=30)
+
+
+def test_a_run_made_over_rest_completes_on_s3(
+    worker: None, prefect_server: PrefectServer, s3: Bucket, tmp_path: Path
+) -> None:
+    config = settings(tmp_path)
+    misspelt = create(prefect_server, {**config, "teachr_base": "x"}, "wrong")
+    assert misspelt.status_code == 409 and "teachr_base" in misspelt.text
+    nested = create(prefect_server, {**config, "teacher": {"rnak": 4}}, "wrong-too")
+    assert nested.status_code == 409 and "rnak" in nested.text
+
+    made = create(prefect_server, config, "night-1")
+    assert made.status_code == 201
+    again = create(prefect_server, config, "night-1")
+    assert again.status_code == 200 and again.json()["id"] == made.json()["id"]
+
+    deadline, state = time.monotonic() + 600, ""
+    while time.monotonic() < deadline and state not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+        time.sleep(1)
+        state = httpx.get(f"{prefect_server.url}/flow_runs/{made.json()['id']}").json()["state_type"]
+    assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-5000:]
+    listed = boto3.client("s3").list_objects_v2(Bucket=s3.name, Prefix="team/stillhouse/index/")
+    stages = {item["Key"].split("/")[3] for item in listed["Contents"]}
+    assert stages == {"ingest", "teacher", "distill", "outliers", "merge", "gguf", "evaluate"}
+    assert not (tmp_path / "home" / "store").exists()
+
+
+def test_the_nightly_schedule_is_off_until_switched_on(worker: None, prefect_server: PrefectServer) -> None:
+    nightly = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/nightly").json()
+    assert [schedule["active"] for schedule in nightly["schedules"]] == [False]
+    assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+    written = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
+    assert {one["name"] for one in written["deployments"]} == {"manual", "nightly", "api"}
+    manual = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/manual").json()
+    form = manual["parameter_openapi_schema"]["definitions"]
+    assert form["FineTuneConfig"]["properties"]["rank"]["description"].startswith("Rank of the LoRA")

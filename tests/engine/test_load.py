@@ -1,0 +1,184 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tasks.core.errors import BadConfig, Corrupted
+from tasks.core.refs import ModelDir
+from tasks.core.training import TrainingConfig
+from tasks.engine import load
+from tasks.engine.head import check_head, head_of, hidden_states
+from tasks.engine.load import load_model, load_tokenizer, pick_dtype
+from tasks.engine.losses import cross_entropy
+from tasks.engine.trainable import count_parameters, save_trained, trainable_model
+from tests.pico import pico_model
+
+TEXT = dict(
+    vocab_size=420, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return pico_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def with_tower(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gemma3")
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=TEXT, vision_config=vision, mm_tokens_per_image=4, image_token_index=419)
+    Gemma3ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def gemma3n(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("gemma3n")
+    config = Gemma3nTextConfig(
+        **TEXT, vocab_size_per_layer_input=420, hidden_size_per_layer_input=256, laurel_rank=4, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    Gemma3nForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def test_precision_follows_the_device():
+    assert pick_dtype("auto", "cpu") == torch.float32
+    assert pick_dtype("bfloat16", "cpu") == torch.bfloat16
+    with pytest.raises(BadConfig, match="float16"):
+        pick_dtype("float16", "cpu")
+
+
+def test_what_is_missing_in_a_model_directory_is_named(base, tmp_path):
+    with pytest.raises(BadConfig, match="is not a directory"):
+        load_model(ModelDir(tmp_path / "nowhere"))
+    for name, what in [("config.json", "architecture"), ("model.safetensors", "weights")]:
+        broken = shutil.copytree(base, tmp_path / name)
+        (broken / name).unlink()
+        with pytest.raises(BadConfig, match=what):
+            load_model(ModelDir(broken))
+    with pytest.raises(BadConfig, match="tokenizer_config.json"):
+        load_tokenizer(ModelDir(tmp_path))
+    with pytest.raises(BadConfig, match="adapter_model.safetensors"):
+        load_model(ModelDir(base, tmp_path))
+
+
+def test_a_missing_tensor_is_not_made_up(base, tmp_path):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Corrupted, match=r"layers\.1\.mlp\.up_proj"):
+        load_model(ModelDir(broken), "float32", "cpu")
+
+
+def test_an_unknown_architecture_is_named(base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["Gemma9ForCausalLM"]}))
+    with pytest.raises(BadConfig, match="Gemma9ForCausalLM"):
+        load_model(ModelDir(other), "float32", "cpu")
+
+
+def test_a_multimodal_checkpoint_keeps_its_towers_and_trains_its_text(with_tower):
+    base = ModelDir(with_tower)
+    model = load_model(base, "float32", "cpu")
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    stored = load_file(with_tower / "model.safetensors")
+    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in stored.values())
+    check_head(model)
+    adapted = trainable_model(TrainingConfig(rank=2), "lora", base, "cpu")
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert trained and not any("vision_tower" in name or "projector" in name for name in trained)
+    full = trainable_model(TrainingConfig(), "full", base, "cpu")
+    assert not any(p.requires_grad for name, p in full.named_parameters() if "vision_tower" in name)
+
+
+def test_gemma_3n_in_four_bits_keeps_altup_and_head_and_trains(gemma3n):
+    model = trainable_model(TrainingConfig(rank=2), "qlora", ModelDir(gemma3n), "cpu")
+    packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert any("q_proj" in name for name in packed)
+    assert not any("altup" in name or "lm_head" in name for name in packed)
+    assert head_of(model).softcap == 30.0
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and not any("altup" in name for name in trained)
+    model.train()
+    ids = torch.arange(5, 25)[None]
+    hidden = hidden_states(model, ids, torch.arange(19))
+    cross_entropy(hidden, head_of(model), ids[0, 1:]).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
+
+
+def test_four_bit_modules_that_break_are_caught(monkeypatch, gemma3n):
+    quantization = load._nf4
+
+    def looks_right(compute):  # naming the parent does not protect its children
+        config = quantization(compute)
+        config.llm_int8_skip_modules = ["altup", "lm_head"]
+        return config
+
+    monkeypatch.setattr(load, "_nf4", looks_right)
+    with pytest.raises(BadConfig, match="altup.* was quantized to 4 bits"):
+        load_model(ModelDir(gemma3n), "float32", "cpu", four_bit=True)
+
+
+@pytest.mark.parametrize(
+    "model_class, config_class", [(LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)]
+)
+def test_other_architectures_take_the_generic_path(model_class, config_class, tmp_path):
+    model_class(config_class(**TEXT, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    model = trainable_model(TrainingConfig(rank=2), "lora", ModelDir(tmp_path), "cpu")
+    assert count_parameters(model)["trainable_parameters"] > 0
+
+
+def test_an_adapter_on_the_head_is_refused(base):
+    config = TrainingConfig(rank=2, target_modules=["lm_head", "q_proj"])
+    with pytest.raises(BadConfig, match="head carries an adapter"):
+        trainable_model(config, "lora", ModelDir(base), "cpu")
+    with pytest.raises(BadConfig, match="target_modules"):
+        trainable_model(TrainingConfig(target_modules=["no_such"]), "lora", ModelDir(base), "cpu")
+
+
+def test_an_adapter_is_written_without_machine_paths_and_read_back(base, tmp_path):
+    model = trainable_model(TrainingConfig(rank=2, use_rslora=True, use_dora=True), "lora", ModelDir(base), "cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+    save_trained(model, "lora", ModelDir(base), "model", tmp_path)
+    assert str(base) not in "".join(path.read_text() for path in tmp_path.glob("adapter*.json"))
+    again = load_model(ModelDir(base, tmp_path), "float32", "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
+    with pytest.raises(BadConfig, match="merge it"):
+        trainable_model(TrainingConfig(), "full", ModelDir(base, tmp_path), "cpu")
+
+
+def test_a_whole_model_keeps_dtype_config_and_tied_embedding(base, tmp_path):
+    model = trainable_model(TrainingConfig(), "full", ModelDir(base), "cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    save_trained(model, "full", ModelDir(base), "model", tmp_path)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (tmp_path / "tokenizer.model").is_file() and (tmp_path / "chat_template.jinja").is_file()

@@ -1,0 +1,197 @@
+"""The evaluate stage on a pico model, in Hugging Face and, from the same weights, in llama.cpp."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tasks.core.command import Report
+from tasks.core.errors import BadData, GateFailed
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.core.rows import Message, Row, write_rows
+from tasks.engine.chat import end_ids, prompt_ids
+from tasks.engine.load import load_tokenizer, read_config
+from tasks.evaluate import EvaluateConfig
+from tasks.evaluate.run import evaluate
+from tasks.gguf.hf import convert_hf
+from tests.pico import pico_model
+
+ROWS = 40
+TURN_END = 5
+
+
+class Pico(NamedTuple):
+    model: Path
+    gguf: Path
+    dataset: Path
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
+    """A model whose answers differ from prompt to prompt and end early or late: the head is its own, not the
+    embedding's (which would repeat the last token for ever), and its end of turn is loud."""
+    directory = tmp_path_factory.mktemp("pico")
+    model = pico_model(directory / "model", layers=6, tie_word_embeddings=False)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][TURN_END] *= 2.2
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    (directory / "gguf").mkdir()
+    convert_hf(model, "F32", "pico", directory / "gguf/model.gguf", Job(directory / "work"))
+    (directory / "data").mkdir()
+    write_rows(directory / "data/test.jsonl", [row(number) for number in range(ROWS)])
+    return Pico(model, directory / "gguf", directory / "data")
+
+
+def row(number: int) -> Row:
+    answer = json.dumps({"intent": "close_audit", "entities": {"audit": str(number)}})
+    question = f"Please close audit {number * number} of {'the north hall and ' * (number % 5)}bay {number}."
+    return Row(messages=[Message(role="user", content=question), Message(role="assistant", content=answer)])
+
+
+def run(pico: Pico, out: Path, model: ModelDir | None = None, gguf: Path | None = None, **config: Any) -> Report:
+    out.mkdir()
+    settings = EvaluateConfig(**({"max_new_tokens": 40, "batch_size": 16, "threads": 1} | config))
+    return evaluate(settings, model or ModelDir(pico.model), pico.dataset, out, Job(out.with_suffix(".work")), gguf)
+
+
+def predictions(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def one_by_one(pico: Pico, rows: int) -> list[str]:
+    """The answers by a loop of plain forward passes: no batch, no padding, no cache, no generate()."""
+    model = AutoModelForCausalLM.from_pretrained(pico.model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(ModelDir(pico.model))
+    ends, answers = end_ids(tokenizer, read_config(pico.model)), []
+    for number in range(rows):
+        ids = prompt_ids(tokenizer, row(number).prompt)
+        answer: list[int] = []
+        while len(answer) < 40:
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids + answer])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            answer.append(token)
+        answers.append(str(tokenizer.decode(answer, skip_special_tokens=True)).strip())
+    return answers
+
+
+def test_hugging_face_and_llama_cpp_give_the_answers_of_a_plain_loop(pico: Pico, tmp_path: Path) -> None:
+    hf = run(pico, tmp_path / "hf")
+    llama = run(pico, tmp_path / "llama", gguf=pico.gguf)
+    answers = [prediction["answer"] for prediction in predictions(tmp_path / "hf")]
+    assert answers[:12] == one_by_one(pico, 12)
+    lengths = {len(answer) for answer in answers}
+    assert len(set(answers)) > ROWS // 2 and min(lengths) < 5 and max(lengths) > 30  # else it would prove nothing
+    others = [prediction["answer"] for prediction in predictions(tmp_path / "llama")]
+    equal = sum(a == b for a, b in zip(answers, others, strict=True))
+    assert equal >= 0.85 * ROWS  # float32 sums in another order: a near tie may fall otherwise
+    starts = sum(a[:3] == b[:3] for a, b in zip(answers, others, strict=True))
+    assert starts >= 0.95 * ROWS
+    tokens = [report.details["generated_tokens"] for report in (hf, llama)]
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.15)
+    assert hf.facts["rows"] == llama.facts["rows"] == ROWS
+    assert hf.facts["bytes"] == (pico.model / "model.safetensors").stat().st_size
+    assert llama.facts["bytes"] == (pico.gguf / "model.gguf").stat().st_size
+    assert min(float(report.facts["tokens_per_second"]) for report in (hf, llama)) > 0
+    assert {"json_valid", "intent_accuracy", "exact_match"} <= hf.facts.keys()
+
+
+def test_outputs_do_not_depend_on_batches_or_time(pico: Pico, tmp_path: Path) -> None:
+    for name, gguf_dir in (("hf", None), ("llama", pico.gguf)):
+        run(pico, tmp_path / f"{name}1", gguf=gguf_dir)
+        run(pico, tmp_path / f"{name}2", gguf=gguf_dir)
+        for file in ("scores.json", "predictions.jsonl", "report/mistakes.md", "report/confusion.png"):
+            assert (tmp_path / f"{name}1" / file).read_bytes() == (tmp_path / f"{name}2" / file).read_bytes(), file
+    run(pico, tmp_path / "small", batch_size=3)
+    equal = sum(a == b for a, b in zip(predictions(tmp_path / "hf1"), predictions(tmp_path / "small"), strict=True))
+    assert equal >= 0.95 * ROWS
+
+
+def test_scores_and_pages_are_of_these_answers(pico: Pico, tmp_path: Path) -> None:
+    first = run(pico, tmp_path / "first", limit_rows=10)
+    answers = {prediction["row"]: prediction["answer"] for prediction in predictions(tmp_path / "first")}
+    assert list(answers) == list(range(0, 40, 4)) and first.facts["exact_match"] == 0.0
+    right = tmp_path / "right"
+    right.mkdir()
+    rows = [Row(messages=[row(i).messages[0], Message(role="assistant", content=answers[i] or "?")]) for i in answers]
+    write_rows(right / "test.jsonl", rows)
+    report = run(pico._replace(dataset=right), tmp_path / "second", mistakes=2)
+    expected = sum(bool(answer) for answer in answers.values()) / 10
+    assert 0 < expected == report.facts["exact_match"]
+    page = (tmp_path / "first/report/mistakes.md").read_text()
+    assert "10 of 10 answers" in page and "## Row 36" in page and row(36).messages[0].content in page
+    assert (tmp_path / "second/report/mistakes.md").read_text().count("## Row") <= 2
+    assert not (tmp_path / "second/report/confusion.png").exists()  # free text has no intents
+
+
+def test_an_adapter_is_asked_with_its_base(pico: Pico, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pico.model, dtype=torch.float32),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    run(pico, tmp_path / "base", limit_rows=10)
+    report = run(pico, tmp_path / "adapted", ModelDir(pico.model, tmp_path / "adapter"), limit_rows=10)
+    assert predictions(tmp_path / "base") != predictions(tmp_path / "adapted")
+    weights = [pico.model / "model.safetensors", tmp_path / "adapter/adapter_model.safetensors"]
+    assert report.facts["bytes"] == sum(path.stat().st_size for path in weights)
+
+
+def test_nan_logits_fail_with_the_row(pico: Pico, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in pico.model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GateFailed, match="row .* logits are NaN or infinite"):
+        run(pico, tmp_path / "hf", ModelDir(broken))
+    reader = gguf.GGUFReader(_copy(pico.gguf / "model.gguf", broken), "r+")
+    norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+    norm.data[:] = np.float32("nan")
+    reader.data.flush()
+    with pytest.raises(GateFailed, match=r"row \d+ of the test file: llama.cpp's logits are not finite"):
+        run(pico, tmp_path / "llama", gguf=broken)
+
+
+def _copy(file: Path, directory: Path) -> Path:
+    (directory / file.name).write_bytes(file.read_bytes())
+    return directory / file.name
+
+
+def test_what_cannot_be_evaluated_says_why(pico: Pico, tmp_path: Path) -> None:
+    with pytest.raises(BadData, match="prompt tokens; with max_new_tokens=2040 that is more than .* 2048"):
+        run(pico, tmp_path / "long", max_new_tokens=2040)
+    with pytest.raises(BadData, match="model.gguf is not there"):
+        run(pico, tmp_path / "none", gguf=tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(GateFailed, match="llama.cpp could not load"):
+        run(pico, tmp_path / "damaged", gguf=tmp_path)
+    (tmp_path / "test.jsonl").touch()
+    with pytest.raises(BadData, match="nothing to evaluate on"):
+        run(pico._replace(dataset=tmp_path), tmp_path / "empty")
+
+
+def test_the_command_is_quiet(pico: Pico, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"limit_rows": 2, "max_new_tokens": 3}')
+    arguments = ["--model", pico.model, "--dataset", pico.dataset, "--gguf", pico.gguf, "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.evaluate.run", config, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "model" in (tmp_path / "out.work/llama.log").read_text()
+    assert json.loads((tmp_path / "out/report.json").read_text())["facts"]["rows"] == 2

@@ -1,0 +1,85 @@
+"""The whole pipeline in a subprocess, as a user starts it, on the quickstart's bases and a few of its rows."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.prefect_server import PrefectServer
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "deployments" / "quickstart"
+TRAINING = {"max_steps": 4, "batch_size": 8, "micro_batch_size": 8, "rank": 4, "save_every_steps": 1}
+STAGES = ["ingest", "teacher", "student", "direct", "outliers", "merge", "gguf BF16", "gguf Q8_0"]
+
+
+def settings(directory: Path, **changes: Any) -> dict[str, Any]:
+    """A config that takes every stage in seconds: 120 rows, 4 steps, 12 rows to evaluate."""
+    for split, rows in (("train", 120), ("test", 12)):
+        with (QUICKSTART / "data" / f"{split}.jsonl").open() as source:
+            (directory / f"{split}.jsonl").write_text("".join(islice(source, rows)))
+    return {
+        "train": str(directory / "train.jsonl"),
+        "test": str(directory / "test.jsonl"),
+        "teacher_base": str(QUICKSTART / "student"),
+        "student_base": str(QUICKSTART / "student"),
+        "teacher": TRAINING,
+        "student": {**TRAINING, "method": "lora"},
+        "merge": {"gate_rows": 4},
+        "gguf": [{"kind": "BF16", "proof_rows": 2}, {"kind": "Q8_0", "proof_rows": 2}],
+        "evaluate": {"max_new_tokens": 16},
+        **changes,
+    }
+
+
+class Home:
+    """A `STILLHOUSE_HOME` of its own and the config that runs in it."""
+
+    def __init__(self, directory: Path, server: PrefectServer, **changes: Any) -> None:
+        self.directory, self.config = directory, directory / "run.yaml"
+        self.environment = {
+            **os.environ, **server.environment, "STILLHOUSE_HOME": str(directory / "home"),
+            "STILLHOUSE_GPU_SLOT": f"gpu-{directory.name}",
+        }  # fmt: skip
+        self.environment.pop("MLFLOW_TRACKING_URI", None)
+        self.write(**changes)
+
+    def write(self, **changes: Any) -> None:
+        """The config anew, with changes."""
+        self.config.write_text(yaml.safe_dump(settings(self.directory, **changes)))
+
+    def start(self) -> "subprocess.Popen[str]":
+        """The command, running, in a process group of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.pipeline", str(self.config)], cwd=ROOT, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self) -> str:
+        """The command's output; its failure is an AssertionError with that output."""
+        process = self.start()
+        output, _ = process.communicate(timeout=900)
+        assert process.returncode == 0, output[-6000:]
+        return output
+
+    def fail(self) -> str:
+        """The output of a run that has to fail."""
+        process = self.start()
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode != 0, output[-3000:]
+        return output
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The last run's `summary.json`."""
+        return json.loads((self.directory / "home" / "reports" / "latest" / "summary.json").read_text())
+
+    @property
+    def cached(self) -> dict[str, bool]:
+        """Whether each stage of the last run came from the cache."""
+        return {stage["name"]: stage["cached"] for stage in self.summary["stages"]}

@@ -1,0 +1,62 @@
+"""The flow's parameter and its import."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from flows.config import PipelineConfig
+
+NEEDED = {"train": "t.jsonl", "teacher_base": "a", "student_base": "b"}
+
+
+def test_unknown_and_wrong_settings_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="temprature"):
+        PipelineConfig.model_validate({**NEEDED, "student": {"temprature": 2}})
+    (tmp_path / "my.yaml").write_text("train: t.jsonl\nteacher_base: a\nstudent_base: b\nteacher:\n  rank: 0\n")
+    with pytest.raises(ValueError, match=r"teacher\.rank"):
+        PipelineConfig.load(tmp_path / "my.yaml")
+    (tmp_path / "not.yaml").write_text("train: [")
+    with pytest.raises(ValueError, match="not YAML"):
+        PipelineConfig.load(tmp_path / "not.yaml")
+
+
+def test_a_gguf_kind_stands_once() -> None:
+    with pytest.raises(ValidationError, match="names a kind twice: Q8_0, Q8_0"):
+        PipelineConfig.model_validate({**NEEDED, "gguf": [{"kind": "Q8_0"}, {"kind": "Q8_0"}]})
+
+
+def test_the_direct_run_trains_as_the_student_does() -> None:
+    config = PipelineConfig.model_validate({**NEEDED, "student": {"method": "lora", "rank": 7, "max_steps": 3}})
+    assert (config.direct_config.rank, config.direct_config.max_steps) == (7, 3)
+    assert config.direct_config.method == "lora"
+
+
+def test_every_field_has_help_for_the_form() -> None:
+    schema = PipelineConfig.model_json_schema()
+    described = [schema, *schema["$defs"].values()]
+    missing = [
+        f"{model['title']}.{name}"
+        for model in described
+        for name, field in model.get("properties", {}).items()
+        if "description" not in field and "$ref" not in field
+    ]
+    assert not missing
+
+
+def test_importing_the_flow_loads_no_torch_and_stays_near_prefect() -> None:
+    heavy = ["torch", "transformers", "datasets", "peft", "numpy", "mlflow.pyfunc", "matplotlib"]
+    code = f"import flows.pipeline, sys; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+    def seconds(module: str) -> float:
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        return time.monotonic() - start
+
+    prefect = min(seconds("prefect.main, prefect.artifacts, prefect.concurrency.sync") for _ in range(3))
+    flow = min(seconds("flows.pipeline") for _ in range(3))
+    assert flow < prefect + 1.5, f"import flows.pipeline takes {flow:.1f} s, Prefect alone {prefect:.1f} s"

@@ -1,0 +1,133 @@
+"""The whole pipeline for real: a Prefect server, child processes, the store, MLflow, llama.cpp."""
+
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+from mlflow import MlflowClient
+
+from tests.flows.pico_run import QUICKSTART, Home
+from tests.prefect_server import PrefectServer
+
+MODELS = ["teacher-base", "student-base", "teacher", "direct", "student", "merged", "BF16", "Q8_0"]
+FIELDS = {
+    "name", "stage", "format", "bytes", "json_valid", "intent_accuracy", "exact_match", "out_of_scope_recall",
+    "tokens_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, prefect_server: PrefectServer) -> Home:
+    """A run that went through."""
+    home = Home(tmp_path_factory.mktemp("pipeline"), prefect_server)
+    output = home.run()
+    assert "make prefect-ui" not in output and "/runs/flow-run/" in output  # a server is running: its page is named
+    return home
+
+
+def test_the_summary_keeps_its_contract(home: Home) -> None:
+    summary = home.summary
+    assert [row["name"] for row in summary["models"]] == MODELS
+    assert all(set(row) == FIELDS for row in summary["models"])
+    stages = [row["stage"] for row in summary["models"]]
+    assert stages == ["base", "base", "teacher", "direct", "student", "merged", "gguf", "gguf"]
+    assert [row["format"] for row in summary["models"][-2:]] == ["BF16", "Q8_0"]
+    assert all(0 <= row["json_valid"] <= 1 and row["bytes"] > 1000 for row in summary["models"])
+    assert all(row["tokens_per_second"] > 0 for row in summary["models"])
+    assert summary["dataset"]["test_rows"] == 12
+    assert not any(stage["cached"] for stage in summary["stages"] if not stage["name"].startswith("take"))
+    page = (home.directory / "home/reports/latest/index.html").read_text()
+    assert "Every model on the held-out rows" in page and page.count("<img") >= 3
+
+
+def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
+    client = MlflowClient(f"sqlite:///{home.directory}/home/mlflow.db")
+    parent = client.get_run(home.summary["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["prefect.flow_run_id"] == home.summary["flow_run_id"]
+    assert parent.data.params["teacher.rank"] == "4"
+    [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    stages = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], query)}
+    assert {"ingest", "teacher", "student", "direct", "outliers", "merge", "gguf BF16"} <= set(stages)
+    assert all(run.info.status == "FINISHED" for run in stages.values())
+    losses = client.get_metric_history(stages["teacher"].info.run_id, "loss")
+    assert [point.step for point in losses] == [1, 2, 3, 4]
+    student = stages["student"].data.metrics
+    assert {"kd_loss", "ce_loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(student)
+    assert stages["student"].inputs.dataset_inputs[0].dataset.name == "dataset"
+    assert any(name.startswith("system/") for name in stages["teacher"].data.metrics)
+    [version] = client.search_model_versions("name = 'stillhouse-gguf-Q8_0'")
+    assert Path(version.source.removeprefix("file://")).is_file()
+
+
+def test_prefect_shows_tables_links_and_progress(home: Home, prefect_server: PrefectServer) -> None:
+    found = httpx.post(f"{prefect_server.url}/artifacts/filter", json={"limit": 200}).json()
+    mine = [artifact for artifact in found if artifact["flow_run_id"] == home.summary["flow_run_id"]]
+    assert {"models", "report", "mlflow-run"} <= {artifact["key"] for artifact in mine}
+    assert any(artifact["type"] == "progress" and artifact["data"] == 100.0 for artifact in mine)
+
+
+def test_a_second_run_is_cached_and_a_change_runs_what_depends_on_it(home: Home) -> None:
+    first = home.summary
+    home.run()
+    assert all(cached for name, cached in home.cached.items() if not name.startswith("take"))
+    assert [row["exact_match"] for row in home.summary["models"]] == [row["exact_match"] for row in first["models"]]
+
+    home.write(evaluate={"max_new_tokens": 15})
+    home.run()
+    again = {name for name, cached in home.cached.items() if not cached and not name.startswith("take")}
+    assert again == {f"evaluate {name}" for name in MODELS}
+
+
+def test_a_deleted_artifact_is_made_again(home: Home) -> None:
+    home.write()
+    home.run()
+    store = home.directory / "home" / "store"
+    gguf = max((store / "blobs").rglob("*"), key=lambda path: path.is_file() and path.read_bytes()[:4] == b"GGUF")
+    gguf.unlink()
+    shutil.rmtree(home.directory / "home" / "inputs")
+    home.run()
+    again = [name for name, cached in home.cached.items() if not cached and not name.startswith("take")]
+    assert len(again) == 1 and again[0].startswith("gguf"), again
+
+
+def test_mlflow_down_stops_nothing_and_a_later_run_records_it(home: Home) -> None:
+    home.write()
+    home.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    home.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    output = home.run()
+    assert "the run goes on without it" in output
+    assert home.summary["mlflow_run_id"] is None
+    fresh = f"sqlite:///{home.directory}/other.db"
+    home.environment["MLFLOW_TRACKING_URI"] = fresh
+    home.run()
+    client = MlflowClient(fresh)
+    [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
+    [teacher] = client.search_runs([experiment.experiment_id], "attributes.run_name = 'teacher'")
+    assert [point.step for point in client.get_metric_history(teacher.info.run_id, "loss")] == [1, 2, 3, 4]
+    del home.environment["MLFLOW_TRACKING_URI"]
+
+
+def test_errors_say_what_where_and_the_remedy(tmp_path: Path, prefect_server: PrefectServer) -> None:
+    home = Home(tmp_path, prefect_server, teacher_base="no/such-model")
+    assert "no/such-model" in home.fail()
+
+    home.write(learning_rat=1)
+    assert "learning_rat" in home.fail()
+
+    home.write(train=str(tmp_path / "missing.jsonl"))
+    assert "missing.jsonl" in home.fail()
+
+    (tmp_path / "latin.jsonl").write_bytes('{"instruction": "Préparer", "output": "{}"}\n'.encode("latin-1") * 60)
+    home.write(train=str(tmp_path / "latin.jsonl"))
+    assert "UTF-8" in home.fail()
+
+    other = tmp_path / "other"
+    from tests.pico import pico_model
+
+    pico_model(other)
+    home.write(student_base=str(other))
+    assert "tokenizer" in home.fail()
+    assert (QUICKSTART / "student").is_dir()

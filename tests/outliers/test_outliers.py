@@ -1,0 +1,170 @@
+"""The outlier stage against numpy, gguf-py, transformers' own norms, and a model with a planted outlier."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.engine.stored import stored_tensors
+from tasks.engine.weights import Weight
+from tasks.outliers import OutlierConfig
+from tasks.outliers.blocks import block_errors
+from tasks.outliers.inherited import bases
+from tasks.outliers.norms import ADD_ONE, adds_one, is_norm, layer, role
+from tasks.outliers.run import find_outliers
+from tasks.outliers.stats import describe, gain
+from tests.engine.test_weights import adapter_of
+from tests.pico import pico_model
+
+PLANTED = "model.layers.1.post_feedforward_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pico model with a gain of 1656 in its second layer."""
+    directory = pico_model(tmp_path_factory.mktemp("outliers") / "base", layers=3)
+    tensors = load_file(directory / "model.safetensors")
+    tensors[PLANTED][5] = 1655.0  # stored as gain - 1; bfloat16 rounds it to 1656
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def weight_of(tensor: torch.Tensor, directory: Path) -> Weight:
+    save_file({"w": tensor}, directory / "model.safetensors")
+    return Weight("w", stored_tensors(directory)["w"], tensor.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_numbers_are_numpys(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(300, 64).mul(0.02).to(dtype)
+    tensor[17, 40] = 3.5
+    numbers = describe(weight_of(tensor, tmp_path), sigmas=6)
+    values = tensor.double().numpy().reshape(-1)
+    loose = 4e-3 if dtype == torch.float32 else 1e-9
+    centred = values - values.mean()
+    assert numbers["mean_abs"] == pytest.approx(np.abs(values).mean(), rel=loose)
+    assert numbers["std"] == pytest.approx(values.std(), rel=loose)
+    assert numbers["kurtosis"] == pytest.approx((centred**4).mean() / values.var() ** 2, rel=2 * loose)
+    assert numbers["p99"] == pytest.approx(np.quantile(np.abs(values), 0.99, method="inverted_cdf"), rel=loose)
+    assert numbers["p999"] == pytest.approx(np.quantile(np.abs(values), 0.999, method="inverted_cdf"), rel=loose)
+    assert numbers["beyond_sigmas"] == (np.abs(centred) > 6 * values.std()).sum() == 1
+    assert numbers["max"] == 3.5
+    assert numbers["float16_headroom"] == pytest.approx(65504 / 3.5)
+    assert (numbers["worst_row"]["index"], numbers["worst_column"]["index"]) == (17, 40)
+    assert numbers["worst_column"]["over_median"] > 20
+
+
+def test_not_finite_values_are_counted_apart(tmp_path: Path) -> None:
+    tensor = torch.ones(4, 32)
+    tensor[0, 0], tensor[1, 1], tensor[2, 2] = float("nan"), float("inf"), -float("inf")
+    numbers = describe(weight_of(tensor, tmp_path), sigmas=6)
+    assert (numbers["nan"], numbers["inf"], numbers["numbers"], numbers["max"]) == (1, 2, 128, 1.0)
+    assert numbers["mean"] == 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_block_errors_are_gguf_pys(scale: float) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(500, 32) * scale * torch.rand(500, 1).exp()
+    rows[3] = 0
+    errors = block_errors(rows)
+    for kind in ("Q8_0", "Q4_0"):
+        quant = gguf.GGMLQuantizationType[kind]
+        back = gguf.quants.dequantize(gguf.quants.quantize(rows.numpy(), quant), quant)
+        expected = np.square(back.astype(np.float64) - rows.double().numpy()).sum()
+        assert errors[kind.lower()] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "norm"),
+    [
+        ("gemma", transformers.models.gemma.modeling_gemma.GemmaRMSNorm),
+        ("gemma2", transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm),
+        ("gemma3_text", transformers.models.gemma3.modeling_gemma3.Gemma3RMSNorm),
+        ("gemma3n_text", transformers.models.gemma3n.modeling_gemma3n.Gemma3nRMSNorm),
+        ("llama", transformers.models.llama.modeling_llama.LlamaRMSNorm),
+        ("qwen3", transformers.models.qwen3.modeling_qwen3.Qwen3RMSNorm),
+        ("qwen3_next", transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextRMSNorm),
+    ],
+)
+def test_who_adds_one_is_what_transformers_computes(model_type: str, norm: type[torch.nn.Module]) -> None:
+    module = norm(4)
+    torch.nn.init.zeros_(module.weight)
+    passes = bool(module(torch.ones(1, 4)).abs().max() > 0.5)  # with w = 0 only 1 + w lets anything through
+    assert (model_type in ADD_ONE) == passes
+
+
+def test_norms_and_their_places(base: Path) -> None:
+    assert is_norm(PLANTED, (64,)) and not is_norm("model.layers.0.mlp.up_proj.weight", (64, 64))
+    assert (layer(PLANTED), role(PLANTED)) == (1, "post_feedforward_layernorm")
+    assert adds_one(base, PLANTED) and not adds_one(base, "vision_tower.encoder.layers.0.layer_norm1.weight")
+    assert gain(torch.tensor([-3.0, 0.5]), adds_one=True)["max"] == 2.0
+    assert gain(torch.tensor([-3.0, 0.5]), adds_one=False)["max"] == 3.0
+
+
+def test_says_what_was_inherited(base: Path, tmp_path: Path) -> None:
+    student = ModelDir(base, adapter_of(base, tmp_path / "adapter"))
+    out = tmp_path / "out"
+    out.mkdir()
+    report = find_outliers(OutlierConfig(), {"base": ModelDir(base), "student": student}, out, Job(tmp_path / "work"))
+    assert report.metrics["student_largest_gain"] == 1657.0  # 1656 in bfloat16, and Gemma's one
+    told = "\n".join(report.details["verdict"])
+    assert f"student's largest norm gain 1657.0 ({PLANTED}) is its base's (unchanged); norms are vectors" in told
+    assert "student changed 21 of 41 tensors and inherited 20 from its base" in told
+    assert report.details["table"][0]["tensor"] == PLANTED
+    assert set(report.details["table"][0]) == {"model", "tensor", "max", "p999", "mean", "kurtosis"}
+    everything = json.loads((out / "outliers.json").read_text())["models"]
+    assert len(everything["base"]) == len(everything["student"]) == 41
+    page = (out / "report" / "outliers.md").read_text()
+    assert PLANTED in page and "norms.png" in page
+    assert all((out / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("norms", "tensors"))
+
+
+def test_a_changed_gain_is_told_with_its_growth(base: Path, tmp_path: Path) -> None:
+    """A full fine-tune has no adapter: its base is the model named before it with the same tensors."""
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    tensors[PLANTED] *= 2
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tuned / "model.safetensors")
+    models = {"base": ModelDir(base), "tuned": ModelDir(tuned)}
+    assert bases(models) == {"tuned": ModelDir(base)}
+    (tmp_path / "out").mkdir()
+    report = find_outliers(OutlierConfig(), models, tmp_path / "out", Job(tmp_path / "work"))
+    told = "\n".join(report.details["verdict"])
+    assert f"tuned's largest norm gain 3313.0 ({PLANTED}) was 1657.0 in its base (+99.9%)" in told
+    assert "tuned changed 2 of 41 tensors and inherited 39" in told
+    assert report.warnings == ["tuned has NaN in 1 tensors (model.layers.0.mlp.up_proj.weight first): do not use it"]
+
+
+def test_the_command_streams(tmp_path: Path) -> None:
+    """A 400 MB tensor is walked in far less memory than it has."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    save_file(
+        {"model.embed_tokens.weight": torch.zeros(400_000, 512, dtype=torch.bfloat16)}, model / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "tasks.outliers.run", str(tmp_path / "config.json"), "--models", f"it={model}"]
+    measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
+    measure += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    empty = [sys.executable, "-c", "import torch, matplotlib.pyplot"]
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", measure, *run], capture_output=True, text=True, check=True).stdout)
+        for run in (empty, [*command, "--out", str(tmp_path / "out")])
+    ]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"]["it_largest_weight"] == 0
+    assert peaks[1] - peaks[0] < 150_000  # kB beyond the imports

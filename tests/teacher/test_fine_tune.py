@@ -1,0 +1,108 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tasks.core.command import Report
+from tasks.core.errors import BadConfig, BadData
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.core.rows import Message, Row, write_rows
+from tasks.engine.load import load_model
+from tasks.teacher import FineTuneConfig
+from tasks.teacher.run import fine_tune
+from tests.engine.rows import example_dataset, example_rows
+from tests.pico import pico_model
+
+SETTINGS = dict(rank=4, learning_rate=5e-3, batch_size=8, micro_batch_size=8, max_steps=12)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return ModelDir(pico_model(tmp_path_factory.mktemp("base"), hidden=32))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return example_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def run(base: ModelDir, dataset: Path, directory: Path, **settings) -> Report:
+    out = directory / "out"
+    out.mkdir(parents=True)
+    return fine_tune(FineTuneConfig(**(SETTINGS | settings)), base, dataset, out, Job(directory / "work"))
+
+
+def events(directory: Path, kind: str) -> list[dict]:
+    lines = (directory / "work" / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((directory / "out").rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_the_loss_falls_and_the_same_inputs_give_the_same_files(base, dataset, tmp_path, method):
+    report = run(base, dataset, tmp_path / "a", method=method, validate_every_steps=5)
+    assert report.metrics["validation_loss"] < 5.8  # guessing costs ln(401) = 6.0
+    assert report.facts["steps"] == 12 and report.facts["rows"] == 40
+    assert 0 < report.facts["trainable_parameters"] <= report.facts["parameters"]
+    assert (tmp_path / "a" / "out" / "report" / "loss.png").stat().st_size > 5000
+    last = [event for event in events(tmp_path / "a", "metrics") if "grad_norm" in event["values"]][-1]
+    assert last["step"] == 12
+    assert last["values"].keys() == {"loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert [e["step"] for e in events(tmp_path / "a", "metrics") if "validation_loss" in e["values"]] == [5, 10, 12]
+    run(base, dataset, tmp_path / "b", method=method, validate_every_steps=5)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    out = tmp_path / "a" / "out"
+    load_model(ModelDir(out) if method == "full" else ModelDir(base.base, out), "float32", "cpu")
+
+
+def test_rows_over_max_length_are_left_out_and_named(base, dataset, tmp_path):
+    long = Row(messages=[Message(role="user", content="valve " * 200), Message(role="assistant", content="{}")])
+    tmp_path.joinpath("mixed").mkdir()
+    write_rows(tmp_path / "mixed" / "train.jsonl", [*example_rows(9), long])
+    report = run(base, tmp_path / "mixed", tmp_path, max_length=128, max_steps=1)
+    assert report.facts["rows"] == 9 and "validation_loss" not in report.metrics
+    assert "1 rows are longer than max_length=128 and left out: 10 (" in report.warnings[0]
+    with pytest.raises(BadData, match="no row to train on"):
+        run(base, dataset, tmp_path / "none", max_length=16)
+
+
+def test_what_is_no_model_or_no_dataset_is_named(base, dataset, tmp_path):
+    with pytest.raises(BadConfig, match="tokenizer_config.json"):
+        run(ModelDir(dataset), dataset, tmp_path / "a")
+    with pytest.raises(BadData, match="train.jsonl is not there"):
+        run(base, base.base, tmp_path / "b")
+
+
+def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_adapter(base, dataset, tmp_path):
+    settings = dict(max_steps=40, save_every_steps=5, dropout=0.05)
+    whole = run(base, dataset, tmp_path / "whole", **settings)
+    config = tmp_path / "config.json"
+    config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
+    out, work = tmp_path / "killed" / "out", tmp_path / "killed" / "work"
+    arguments = [config, "--base", base.base, "--dataset", dataset, "--out", out, "--work", work]
+    command = [sys.executable, "-m", "tasks.teacher.run", *map(str, arguments)]
+    child = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not list(work.glob("checkpoints/checkpoint-*/manifest.json")):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (out / "report.json").exists() and not (out / "adapter_model.safetensors").exists()
+    out.rename(tmp_path / "killed" / "left")
+    report = run(base, dataset, tmp_path / "killed", **settings)
+    assert "goes on from checkpoint-" in events(tmp_path / "killed", "log")[0]["message"]
+    assert report.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-3)
+    adapters = [load_file(tmp_path / kind / "out" / "adapter_model.safetensors") for kind in ("whole", "killed")]
+    for name, value in adapters[0].items():
+        assert (value - adapters[1][name]).abs().max() < 1e-3, name
