@@ -49,7 +49,8 @@ def evaluate(
     judged = [judge(row.answer, answer) for row, answer in zip(rows.values(), answers, strict=True)]
     scores = score(judged, config.out_of_scope_intent)
     _write(config, rows, answers, judged, scores, out)
-    return _report(scores, answered, _bytes(model, gguf))
+    stored = str(model_config.dtype).removeprefix("torch.")
+    return _report(scores, answered, _bytes(model, gguf), _kind(gguf) if gguf else stored)
 
 
 def _held_out(dataset: Path, limit: int | None) -> dict[int, Row]:
@@ -70,6 +71,12 @@ def _bytes(model: ModelDir, gguf: Path | None) -> int:
         return (gguf / "model.gguf").stat().st_size
     directories = [directory for directory in model if directory is not None]
     return sum(path.stat().st_size for directory in directories for path in directory.glob("*.safetensors"))
+
+
+def _kind(gguf: Path) -> str:
+    """What the GGUF stage says it made."""
+    report = gguf / "report.json"
+    return str(json.loads(report.read_text())["facts"]["format"]) if report.is_file() else "GGUF"
 
 
 def _write(
@@ -100,12 +107,12 @@ def _write(
         plot_confusion(scores["confusion"], report / "confusion.png")
 
 
-def _report(scores: dict[str, Any], answered: Answered, size: int) -> Report:
+def _report(scores: dict[str, Any], answered: Answered, size: int, format_: str) -> Report:
     rates = {name: rate["value"] for name, rate in scores["rates"].items()} | scores["means"]
     speed = round(answered.generated / answered.seconds, 1)
     main = {name: rates[name] for name in MAIN if name in rates}
     return Report(
-        facts={**main, "tokens_per_second": speed, "bytes": size, "rows": scores["rows"]},
+        facts={**main, "format": format_, "tokens_per_second": speed, "bytes": size, "rows": scores["rows"]},
         metrics={**rates, "tokens_per_second": speed, "bytes": float(size)},
         details={"generated_tokens": answered.generated, "generation_seconds": round(answered.seconds, 3)},
     )
