@@ -23,6 +23,7 @@ def origin(config: GgufConfig, model: Path, dataset: Path) -> dict[str, str]:
     values: dict[str, Any] = {
         "stillhouse.config": config.model_dump(mode="json"),
         "stillhouse.libraries": libraries(),
+        "stillhouse.inputs": {"model": model.name, "dataset": dataset.name},
         "stillhouse.model": _provenance(model),
         "stillhouse.dataset": _provenance(dataset),
     }
@@ -66,10 +67,6 @@ def read_origin(file: Path) -> dict[str, str]:
 
 
 def _provenance(directory: Path) -> dict[str, Any] | None:
-    """What the stage that made `directory` wrote of itself, without the paths on the machine that ran it."""
+    """What the stage that made `directory` wrote of itself and, inside, of its inputs: the whole lineage."""
     file = directory / "provenance.json"
-    if not file.is_file():
-        return None
-    provenance: dict[str, Any] = json.loads(file.read_text())
-    provenance.pop("inputs", None)
-    return provenance
+    return json.loads(file.read_text()) if file.is_file() else None
