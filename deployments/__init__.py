@@ -1,0 +1,1 @@
+"""Presets of the distillation pipeline, and what `prefect.yaml` deploys with them."""

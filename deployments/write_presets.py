@@ -111,10 +111,9 @@ def _lines(model: BaseModel, depth: int) -> list[str]:
             found += ["", *about, f"{indent}{name}:", textwrap.indent(lists, indent + "  ")]
             continue
         found += about
-        plain = model.model_dump(mode="json", include={name})
-        found.append(
-            indent + yaml.safe_dump(plain, default_flow_style=None, width=110).strip().replace("\n", "\n" + indent)
-        )
+        plain = model.model_dump(mode="json", include={name})[name]
+        inline = yaml.safe_dump([plain], default_flow_style=True, width=10_000).strip()[1:-1]
+        found.append(f"{indent}{name}: {inline}")
     return found
 
 

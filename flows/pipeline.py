@@ -72,7 +72,14 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         }
         for kind, gguf in ggufs.items():
             scores[kind] = run(f"evaluate {kind}", evaluate, config.evaluate, merged, dataset, kind, gguf)
-        return publish(run, dataset, scores, outliers)
+        shown = {
+            "ingest": dataset,
+            "teacher": teacher,
+            "student": student,
+            "outliers": outliers,
+            "mistakes": scores["student"],
+        }
+        return publish(run, dataset, scores, shown)
 
 
 if __name__ == "__main__":

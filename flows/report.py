@@ -4,6 +4,7 @@ import html
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from flows.stages import Stages
 from tasks.core.refs import DatasetRef, ReportRef
+from tasks.core.shell import AnyRef
 from tasks.core.store import open_store
 
 RATES = ["json_valid", "intent_accuracy", "exact_match", "out_of_scope_recall"]
@@ -22,14 +24,17 @@ STAGE_OF = {"teacher-base": "base", "student-base": "base", "teacher": "teacher"
             "student": "student", "merged": "merged"}  # fmt: skip
 
 
-def publish(run: Stages, dataset: DatasetRef, scores: dict[str, ReportRef], outliers: ReportRef) -> dict[str, Any]:
+def publish(
+    run: Stages, dataset: DatasetRef, scores: dict[str, ReportRef], shown: Mapping[str, AnyRef]
+) -> dict[str, Any]:
     """Writes `<home>/reports/<flow run>/`, logs it to MLflow and Prefect, and returns the summary.
 
     `summary.json` is a contract: `models` (rates as fractions, bytes, tokens per second), `dataset`, `stages`
-    (name, seconds, cached), `flow_run_id`, `mlflow_run_id`.
+    (name, seconds, cached), `flow_run_id`, `mlflow_run_id`. `shown` are the artifacts whose pictures the page has.
     """
-    summary = {
-        "models": [_row(name, ref) for name, ref in scores.items()],
+    rows = [_row(name, ref) for name, ref in scores.items()]
+    summary: dict[str, Any] = {
+        "models": rows,
         "dataset": {"digest": dataset.digest, **dataset.facts},
         "stages": run.records,
         "flow_run_id": run.flow_run_id,
@@ -38,17 +43,14 @@ def publish(run: Stages, dataset: DatasetRef, scores: dict[str, ReportRef], outl
     directory = run.settings.root / "reports" / str(flow_run.get_name())
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    pictures = _pictures(
-        run, directory, {"outliers": outliers, **{f"evaluate-{name}": ref for name, ref in scores.items()}}
-    )
+    pictures = _pictures(run, directory, shown)
     (directory / "summary.json").write_text(json.dumps(summary, indent=1))
     page = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html.j2").read_text())
     (directory / "index.html").write_text(page.render(summary=summary, rates=RATES, pictures=pictures))
     run.mlflow.artifacts(directory, "report")
-    run.mlflow.metrics(
-        0, {f"{row['name']}/{rate}": row[rate] for row in summary["models"] for rate in RATES if row[rate] is not None}
-    )
-    create_table_artifact(summary["models"], key="models", description="Every model on the held-out rows")
+    rates = {f"{row['name']}/{rate}": row[rate] for row in rows for rate in RATES if row[rate] is not None}
+    run.mlflow.metrics(0, rates)
+    create_table_artifact(rows, key="models", description="Every model on the held-out rows")
     create_markdown_artifact(_markdown(summary, directory), key="report", description="What this run made")
     _point_latest(directory)
     return summary | {"report": str(directory), "mlflow_link": run.tracker.link(run.mlflow)}
@@ -66,10 +68,10 @@ def _row(name: str, ref: ReportRef) -> dict[str, Any]:
     }
 
 
-def _pictures(run: Stages, directory: Path, reports: dict[str, ReportRef]) -> list[str]:
+def _pictures(run: Stages, directory: Path, shown: Mapping[str, AnyRef]) -> list[str]:
     """Copies the stages' pictures beside the page; returns their names."""
     store, found = open_store(run.settings.store_uri), []
-    for name, ref in reports.items():
+    for name, ref in shown.items():
         fetched = store.fetch(ref.digest, run.settings.root / "inputs" / ref.digest)
         for picture in sorted(fetched.glob("report/*.png")):
             found.append(f"{name}-{picture.name}")
