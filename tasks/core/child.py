@@ -42,7 +42,8 @@ def run_command(
     work.mkdir(parents=True, exist_ok=True)
     log, events = work / "log.txt", work / "events.jsonl"
     events.touch()
-    environment = os.environ | {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin starve each other on a busy machine
+    environment |= {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("ab") as output, events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)
         child = subprocess.Popen(

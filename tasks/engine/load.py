@@ -27,10 +27,11 @@ from tasks.core.refs import ModelDir
 
 # Gemma 3's own turns for text: it has no system role, so a system message opens the first user turn.
 GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% set system = messages[0]['content'] | trim + '\n\n' if messages[0]['role'] == 'system' else '' %}"
-    "{% for message in messages[1:] if system else messages %}"
+    "{{ bos_token }}{% set has_system = messages[0]['role'] == 'system' %}"
+    "{% for message in (messages[1:] if has_system else messages) %}"
     "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' "
-    "+ (system if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "+ (messages[0]['content'] | trim + '\n\n' if has_system and loop.first else '') "
+    "+ message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 # Modules of vision and audio: never trained and never quantized here (Gemma 3, Gemma 3n).

@@ -4,14 +4,14 @@ from prefect import task
 
 from tasks.core.refs import AdapterRef, AnyModel, DatasetRef, ModelRef
 from tasks.core.retry import TASK
-from tasks.core.shell import run_stage
+from tasks.core.shell import Input, run_stage
 from tasks.teacher import FineTuneConfig
 
 
 @task(name="fine-tune", **TASK)
 def fine_tune(config: FineTuneConfig, base: ModelRef, dataset: DatasetRef, label: str = "teacher") -> AnyModel:
     """`base` fine-tuned on the dataset: an adapter, or a whole model with `method: full`."""
-    inputs = {"base": base, "dataset": dataset}
+    inputs: dict[str, Input] = {"base": base, "dataset": dataset}
     if config.method == "full":
         return run_stage("teacher", config, inputs, ModelRef, label)
     return run_stage("teacher", config, inputs, AdapterRef, label, base=base)
