@@ -9,6 +9,7 @@ export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE ?= prefect.server.concurrency.le
 
 .PHONY: demo test lint prefect-ui mlflow-ui clean
 demo: .venv/ready
+	mkdir -p $(PREFECT_HOME)
 	$(BIN)/python -m flows.pipeline deployments/presets/quickstart.yaml
 
 test: .venv/ready
@@ -21,6 +22,7 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 prefect-ui: .venv/ready
+	mkdir -p $(PREFECT_HOME)
 	$(BIN)/prefect server start
 
 mlflow-ui: .venv/ready

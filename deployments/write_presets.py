@@ -38,14 +38,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "teacher_base": f"{QUICKSTART}/teacher",
             "student_base": f"{QUICKSTART}/student",
             "teacher": {
-                "rank": 64, "alpha": 128, "dropout": 0.2, "learning_rate": 3e-3, "scheduler": "linear",
-                "warmup_ratio": 0.04, "max_steps": 240, "micro_batch_size": 32, "max_length": 256,
+                "rank": 32, "alpha": 64, "dropout": 0.2, "learning_rate": 2e-3, "scheduler": "linear",
+                "warmup_ratio": 0.04, "max_steps": 260, "batch_size": 16, "micro_batch_size": 16, "max_length": 256,
             },
             "student": {
-                "method": "lora", "rank": 64, "alpha": 128, "learning_rate": 2e-3, "scheduler": "linear",
-                "warmup_ratio": 0.04, "max_steps": 250, "micro_batch_size": 32, "max_length": 256,
+                "method": "lora", "rank": 32, "alpha": 64, "learning_rate": 3e-3, "scheduler": "linear",
+                "warmup_ratio": 0.06, "max_steps": 150, "micro_batch_size": 16, "max_length": 256,
             },
-            "evaluate": {"max_new_tokens": 72, "threads": 2},
+            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "threads": 2},
         },
     ),
     "gemma-3-16gb": (
@@ -101,8 +101,8 @@ def _lines(model: BaseModel, depth: int) -> list[str]:
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):
-            about = (type(value).__doc__ or "").split("\n")[0]
-            found += ["", f"{indent}# {about}", f"{indent}{name}:", *_lines(value, depth + 1)]
+            first = (type(value).__doc__ or "").split("\n")[0]
+            found += ["", f"{indent}# {first}", f"{indent}{name}:", *_lines(value, depth + 1)]
             continue
         about = [f"{indent}# {line}" for line in textwrap.wrap(field.description or "", 116 - len(indent))]
         if isinstance(value, list) and value and isinstance(value[0], BaseModel):

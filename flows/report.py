@@ -104,8 +104,7 @@ def show(summary: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column in ("model", "format") else "right")
     for row in summary["models"]:
         table.add_row(row["name"], *_cells(row))
-    console = Console()
-    console.print(table)
+    Console(width=max(Console().width, 110)).print(table)  # into a file or a narrow window it must not be cut
     made = sum(not stage["cached"] for stage in summary["stages"])
     seconds = sum(stage["seconds"] for stage in summary["stages"])
     print(f"{made} stages run, {len(summary['stages']) - made} from the cache, {seconds:.0f} s")

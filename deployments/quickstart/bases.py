@@ -7,10 +7,8 @@ do not. llama.cpp takes every sixth layer of a Gemma 3 as the full-attention one
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import Gemma3ForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 SHAPES: dict[str, dict[str, int]] = {
     "teacher": {
@@ -32,25 +30,34 @@ LAYERS = 6
 END_OF_TURN = "<end_of_turn>"
 
 
-def build(which: str, vocabulary: int, end_of_turn: int) -> "Gemma3ForCausalLM":
+def build(which: str, vocabulary: int, end_of_turn: int) -> Gemma3ForCausalLM:
     """A randomly initialised float32 base of the shape `which` ("teacher" or "student")."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
     shape = SHAPES[which]
     config = Gemma3TextConfig(
-        vocab_size=vocabulary, num_hidden_layers=LAYERS, query_pre_attn_scalar=shape["head_dim"], sliding_window=512, max_position_embeddings=2048,
-        tie_word_embeddings=True, pad_token_id=0, eos_token_id=[1, end_of_turn], bos_token_id=2, attn_implementation="sdpa", **shape,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        num_hidden_layers=LAYERS,
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_key_value_heads"],
+        head_dim=shape["head_dim"],
+        query_pre_attn_scalar=shape["head_dim"],
+        sliding_window=512,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=[1, end_of_turn],
+        bos_token_id=2,
+    )
     return Gemma3ForCausalLM(config)
 
 
-def save(model: "Gemma3ForCausalLM", tokenizer: Path, out: Path) -> None:
+def save(model: Gemma3ForCausalLM, tokenizer: Path, out: Path) -> None:
     """Write bf16 weights, configs and the tokenizer's files; generation stops at `<eos>` and at `<end_of_turn>`."""
-    import torch
-
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(out)
+    copy.bfloat16()
+    copy.save_pretrained(out)
     for path in tokenizer.iterdir():
         if path.is_file():
             shutil.copyfile(path, out / path.name)

@@ -1,11 +1,11 @@
-"""Seeded text for pre-training the quickstart's bases: other domains, random schemas, values to copy; never the quickstart's data.
+"""Seeded text for pre-training the quickstart's bases: other domains, random schemas, values to copy.
 
     python -m deployments.quickstart.pretrain_text 20          # prints 20 documents
 
-A document is a list of (text, weight) pieces: 1.0 where the model has to learn to answer, less where a user speaks,
-since random commands cannot be predicted. Half of the chats name their schema in the prompt, some repeat one schema over
-several turns, and the rest belong to 800 schemas that keep their wordings, so that a base learns to read a schema, to
-pick one up from its context and to remember one.
+None of it comes from the quickstart's data. A document is a list of (text, weight) pieces: 1.0 where the model has to
+learn to answer, less where a user speaks, since random commands cannot be predicted. Half of the chats name their
+schema in the prompt, some repeat one schema over several turns, and the rest belong to 800 schemas that keep their
+wordings, so that a base learns to read a schema, to pick one up from its context and to remember one.
 """
 
 import functools
@@ -20,14 +20,13 @@ from deployments.quickstart import pretrain_words as w
 Piece = tuple[str, float]
 PROMPT_WEIGHT = 0.2
 SCHEMAS = 800
-ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl gr pl pr sh sl st th tr sp qu".split()
-VOWELS = "a e i o u a e i o ai ea oo ou".split()
-CODAS = ["", "", "", *"n r s t l m d k x ck nd st ng rt ll".split()]
 
 
 def pseudo(rng: random.Random) -> str:
     """A word that does not exist, of one to three syllables."""
-    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.choice((1, 2, 2, 3))))
+    return "".join(
+        rng.choice(w.ONSETS) + rng.choice(w.VOWELS) + rng.choice(w.CODAS) for _ in range(rng.choice((1, 2, 2, 3)))
+    )
 
 
 def word(rng: random.Random, words: list[str]) -> str:
@@ -57,6 +56,7 @@ def task(rng: random.Random) -> str:
 
 
 def person(rng: random.Random) -> str:
+    """A first name, a last name, or both."""
     first = rng.choice(w.FIRST) if rng.random() < 0.6 else pseudo(rng).capitalize()
     last = rng.choice(w.LAST) if rng.random() < 0.6 else pseudo(rng).capitalize()
     return rng.choice([first, last, f"{first} {last}", f"{first} {last}", f"{first[0]}. {last}"])
@@ -73,6 +73,7 @@ def identifier(rng: random.Random) -> str:
 
 
 def number(rng: random.Random) -> str:
+    """A whole number of one to four digits, or a decimal fraction."""
     return rng.choice(
         [
             str(rng.randint(0, 9)),
@@ -84,6 +85,7 @@ def number(rng: random.Random) -> str:
 
 
 def date(rng: random.Random) -> str:
+    """A day as people write it."""
     month, day, year = rng.choice(w.MONTHS), rng.randint(1, 28), rng.randint(1990, 2040)
     return rng.choice(
         [
@@ -101,7 +103,7 @@ def date(rng: random.Random) -> str:
 
 def span(rng: random.Random) -> str:
     """A stretch of time."""
-    unit = rng.choice("day week month hour year season term night".split())
+    unit = rng.choice(["day", "week", "month", "hour", "year", "season", "term", "night"])
     return rng.choice(
         [
             f"the last {unit}",
@@ -116,6 +118,7 @@ def span(rng: random.Random) -> str:
 
 
 def place(rng: random.Random) -> str:
+    """A place, in town or at home."""
     noun = word(rng, w.NOUNS)
     return rng.choice(
         [
@@ -130,123 +133,21 @@ def place(rng: random.Random) -> str:
     )
 
 
-# Type of a slot -> (draw a value, names of its key, ways to say it in a command).
-SLOTS: dict[str, tuple[Callable[[random.Random], str], list[str], list[str]]] = {
-    "thing": (
-        thing,
-        "item object topic title subject product dish thing gift tool".split(),
-        ["a {}", "the {}", "about the {}", "with {}", "named {}", "of the {}", "{}", "for a {}"],
-    ),
-    "problem": (
-        thing,
-        "problem symptom complaint cause reason damage wish".split(),
-        [
-            "because of {}",
-            "due to a {}",
-            "with a {}",
-            "that has a {}",
-            "showing a {}",
-            "reason {}",
-            "having {}",
-            "for {}",
-        ],
-    ),
-    "person": (
-        person,
-        "guest patient driver student author customer player nurse name person who sender teacher".split(),
-        ["for {}", "by {}", "with {}", "to {}", "from {}", "{} will do it", "ask {}", "done by {}", "of {}"],
-    ),
-    "date": (
-        date,
-        "day when start end deadline until arrival".split(),
-        ["on {}", "before {}", "by {}", "until {}", "{}", "for {}", "no later than {}", "due {}"],
-    ),
-    "span": (span, "during range span since".split(), ["for {}", "during {}", "in {}", "from {}", "over {}"]),
-    "id": (
-        identifier,
-        "id code ref ticket box_id card seat_code number".split(),
-        ["{}", "number {}", "with code {}", "of {}", "for {}", "on {}", "to {}", "ref {}", "called {}"],
-    ),
-    "place": (
-        place,
-        "room place city where address stop shelf".split(),
-        ["in {}", "at {}", "near {}", "to {}", "next to {}", "from {}", "around {}", "coming from {}"],
-    ),
-    "count": (
-        number,
-        "amount qty total size copies seats".split(),
-        ["{} pieces", "{} times", "quantity {}", "{} units", "{} of them", "count {}", "{}"],
-    ),
-    "task": (
-        task,
-        "job duty todo goal plan".split(),
-        ["to {}", "and {}", "must {}", "has to {}", "will {}", "task: {}"],
-    ),
-    "state": (
-        lambda rng: rng.choice(w.STATES),
-        "state condition mood outcome".split(),
-        ["as {}", "is {}", "now {}", "is now {}", "to {}", "state {}", "it was {}"],
-    ),
-    "measure": (
-        lambda rng: rng.choice(w.MEASURES),
-        "kind measure property".split(),
-        ["the {}", "{}", "as {}", "a {}", "for {}"],
-    ),
-    "amount": (
-        lambda rng: f"{number(rng)}\t{rng.choice(w.UNITS)}",
-        ["reading unit_name", "amount unit_of", "much in_unit"],
-        ["{}", "of {}", "is {}", "at {}", "reads {}"],
-    ),
+# Type of a slot -> how its value is drawn.
+DRAW: dict[str, Callable[[random.Random], str]] = {
+    "thing": thing,
+    "problem": thing,
+    "person": person,
+    "date": date,
+    "span": span,
+    "id": identifier,
+    "place": place,
+    "count": number,
+    "task": task,
+    "state": lambda rng: rng.choice(w.STATES),
+    "measure": lambda rng: rng.choice(w.MEASURES),
+    "amount": lambda rng: f"{number(rng)}\t{rng.choice(w.UNITS)}",
 }
-SHAPES = [
-    ("intent", "entities"),
-    ("action", "args"),
-    ("task", "slots"),
-    ("function", "parameters"),
-    ("name", "fields"),
-    ("do", "with"),
-    ("type", "data"),
-]
-HEADS = [
-    "{V} {n}",
-    "Please {v} the {n}",
-    "Can you {v} a {n}",
-    "{V} the {n}",
-    "I want to {v} a {n}",
-    "We need to {v} {n}",
-    "{V} one {n}",
-    "Could you {v} our {n}",
-    "{V}",
-    "It is time to {v} the {n}",
-    "Somebody should {v} the {n}",
-    "{N} to {v}:",
-    "The {n}",
-    "There is a {n}",
-    "We have a {n}",
-    "{N}:",
-    "I saw a {n}",
-    "My {n}",
-    "What {n}",
-    "Which {n} did we {v}",
-    "",
-    "",
-]
-OPENERS = [
-    "",
-    "",
-    "",
-    "",
-    "",
-    "Hi, ",
-    "Please: ",
-    "Hello there, ",
-    "One more: ",
-    "Good day. ",
-    "Sorry, ",
-    "Dear all, ",
-    "Note: ",
-]
-CLOSERS = ["", "", "", "", "", " Thanks.", " Many thanks.", " It is important.", " Bye."]
 
 
 class Schema:
@@ -257,13 +158,13 @@ class Schema:
         self.intent = rng.choice(
             [f"{self.verb}_{self.noun}", f"{self.verb}_{self.noun}", self.noun, f"{self.noun}_{self.verb}", self.verb]
         )
-        self.outer = rng.choice(SHAPES)
+        self.outer = rng.choice(w.SHAPES)
         family = rng.random() < 0.5
         kinds, natural = (
-            rng.choice(w.FAMILIES) if family else (rng.sample(list(SLOTS), k=rng.choice((1, 2, 2, 3, 3, 4))), [])
+            rng.choice(w.FAMILIES) if family else (rng.sample(list(DRAW), k=rng.choice((1, 2, 2, 3, 3, 4))), [])
         )
         self.types = list(kinds)
-        self.keys = [rng.choice(SLOTS[kind][1]) for kind in kinds]
+        self.keys = [rng.choice(w.KEYS[kind]) for kind in kinds]
         self.keys = [f"{key}{i}" if self.keys.index(key) < i else key for i, key in enumerate(self.keys)]
         self.order = rng.sample(range(len(kinds)), k=len(kinds))
         self.wordings = (
@@ -274,8 +175,8 @@ class Schema:
 
     def wording(self, rng: random.Random) -> str:
         """A sentence with a field for every slot, in any order, around the schema's verb and noun."""
-        head = rng.choice(HEADS).format(v=self.verb, n=self.noun, V=self.verb.capitalize(), N=self.noun.capitalize())
-        said = [rng.choice(SLOTS[kind][2]).format(f"{{{i}}}") for i, kind in enumerate(self.types)]
+        head = rng.choice(w.HEADS).format(v=self.verb, n=self.noun, V=self.verb.capitalize(), N=self.noun.capitalize())
+        said = [rng.choice(w.PHRASES[kind]).format(f"{{{i}}}") for i, kind in enumerate(self.types)]
         rng.shuffle(said)
         parts = [head, *said] if head else said
         if rng.random() < 0.4:
@@ -294,14 +195,14 @@ class Schema:
 
     def example(self, rng: random.Random) -> tuple[str, str]:
         """A command and its JSON answer, with fresh values."""
-        drawn = [SLOTS[kind][0](rng) for kind in self.types]
+        drawn = [DRAW[kind](rng) for kind in self.types]
         text = rng.choice(self.wordings).format(*(value.replace("\t", " ") for value in drawn))
-        opener = rng.choice(OPENERS)
+        opener = rng.choice(w.OPENERS)
         if rng.random() < 0.7:
             text = text[0].upper() + text[1:] if not opener and self.types else text
         said = [(self.keys[i], drawn[i]) for i in self.order]
         inner = {k: v for key, value in said for k, v in zip(key.split(), value.split("\t"), strict=True)}
-        return opener + text + rng.choice(CLOSERS), json.dumps(
+        return opener + text + rng.choice(w.CLOSERS), json.dumps(
             {self.outer[0]: self.intent, self.outer[1]: inner}, ensure_ascii=False
         )
 
@@ -363,7 +264,7 @@ def listing(rng: random.Random) -> tuple[str, str]:
 
 
 def document(rng: random.Random) -> list[Piece]:
-    """One document: a chat with a remembered, a named or a repeated schema, an exercise, a question or plain sentences."""
+    """One document: a chat on a remembered, a named or a repeated schema, an exercise, a question, or plain text."""
     kind = rng.random()
     if kind < 0.35:
         return chat([remembered(rng.randrange(SCHEMAS)).example(rng)])
@@ -383,7 +284,7 @@ def document(rng: random.Random) -> list[Piece]:
         form, reply = rng.choice(w.QUESTIONS)
         words = fill(rng)
         return chat(
-            [(rng.choice(OPENERS) + form.format(**words) + rng.choice(CLOSERS), reply.format(**words))], first=0.5
+            [(rng.choice(w.OPENERS) + form.format(**words) + rng.choice(w.CLOSERS), reply.format(**words))], first=0.5
         )
     return [
         ("<bos>", 0.0),

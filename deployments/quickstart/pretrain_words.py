@@ -124,6 +124,60 @@ PLAIN = [
     "Somebody left the {noun} at {place}.",
 ]
 
+# Syllables of words that do not exist.
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl gr pl pr sh sl st th tr sp qu".split()
+VOWELS = "a e i o u a e i o ai ea oo ou".split()
+CODAS = ["", "", "", *"n r s t l m d k x ck nd st ng rt ll".split()]
+
+# Type of a slot -> names that its key may have; an amount has two keys, for the number and for the unit.
+KEYS = {
+    "thing": "item object topic title subject product dish thing gift tool".split(),
+    "problem": "problem symptom complaint cause reason damage wish".split(),
+    "person": "guest patient driver student author customer player nurse name person who sender teacher".split(),
+    "date": "day when start end deadline until arrival".split(),
+    "span": "during range span since".split(),
+    "id": "id code ref ticket box_id card seat_code number".split(),
+    "place": "room place city where address stop shelf".split(),
+    "count": "amount qty total size copies seats".split(),
+    "task": "job duty todo goal plan".split(),
+    "state": "state condition mood outcome".split(),
+    "measure": "kind measure property".split(),
+    "amount": ["reading unit_name", "amount unit_of", "much in_unit"],
+}
+# Type of a slot -> ways to say its value in a command.
+PHRASES = {
+    "thing": "a {}|the {}|about the {}|with {}|named {}|of the {}|{}|for a {}".split("|"),
+    "problem": "because of {}|due to a {}|with a {}|that has a {}|showing a {}|reason {}|having {}|for {}".split("|"),
+    "person": "for {}|by {}|with {}|to {}|from {}|{} will do it|ask {}|done by {}|of {}".split("|"),
+    "date": "on {}|before {}|by {}|until {}|{}|for {}|no later than {}|due {}".split("|"),
+    "span": "for {}|during {}|in {}|from {}|over {}".split("|"),
+    "id": "{}|number {}|with code {}|of {}|for {}|on {}|to {}|ref {}|called {}".split("|"),
+    "place": "in {}|at {}|near {}|to {}|next to {}|from {}|around {}|coming from {}".split("|"),
+    "count": "{} pieces|{} times|quantity {}|{} units|{} of them|count {}|{}".split("|"),
+    "task": "to {}|and {}|must {}|has to {}|will {}|task: {}".split("|"),
+    "state": "as {}|is {}|now {}|is now {}|to {}|state {}|it was {}".split("|"),
+    "measure": "the {}|{}|as {}|a {}|for {}".split("|"),
+    "amount": "{}|of {}|is {}|at {}|reads {}".split("|"),
+}
+# Names of an answer's two fields: what to do, and with what.
+SHAPES = [
+    ("intent", "entities"),
+    ("action", "args"),
+    ("task", "slots"),
+    ("function", "parameters"),
+    ("name", "fields"),
+    ("do", "with"),
+    ("type", "data"),
+]
+# How a command begins: {v} is its schema's verb, {n} its noun, capitals open a sentence.
+HEADS = (
+    "{V} {n}|Please {v} the {n}|Can you {v} a {n}|{V} the {n}|I want to {v} a {n}|We need to {v} {n}|{V} one {n}|"
+    "Could you {v} our {n}|{V}|It is time to {v} the {n}|Somebody should {v} the {n}|{N} to {v}:|The {n}|"
+    "There is a {n}|We have a {n}|{N}:|I saw a {n}|My {n}|What {n}|Which {n} did we {v}||"
+).split("|")
+OPENERS = "|||||Hi, |Please: |Hello there, |One more: |Good day. |Sorry, |Dear all, |Note: ".split("|")
+CLOSERS = "||||| Thanks.| Many thanks.| It is important.| Bye.".split("|")
+
 # Natural sentences for some sets of slots, from homes, shops, schools, farms and travel.
 FAMILIES: list[tuple[tuple[str, ...], list[str]]] = [
     (

@@ -12,6 +12,12 @@ import json
 import random
 from pathlib import Path
 
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoTokenizer
+
+from deployments.quickstart.pretrain_text import document
+
 VOCABULARY = 2048
 DOCUMENTS = 60_000
 
@@ -58,8 +64,6 @@ CHAT_TEMPLATE = """{{ bos_token }}
 
 def corpus(documents: int) -> list[str]:
     """Lines of pre-training text without its turn marks."""
-    from deployments.quickstart.pretrain_text import document
-
     rng = random.Random("tokenizer")
     text = ("".join(piece for piece, _ in document(rng)) for _ in range(documents))
     marks = ("<bos>", "<eos>", "<end_of_turn>", "<start_of_turn>")
@@ -74,14 +78,14 @@ def clean(text: str, marks: tuple[str, ...]) -> str:
 
 
 def train(documents: int = DOCUMENTS, vocabulary: int = VOCABULARY) -> bytes:
-    """A SentencePiece model with Gemma's ids: 0 pad, 1 eos, 2 bos, 3 unk, 4 mask, then the turn marks and the newline."""
-    import sentencepiece
-
+    """A SentencePiece model with Gemma's ids: 0 pad, 1 eos, 2 bos, 3 unk, 4 mask, the turn marks, newline."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus(documents)), model_writer=model, model_type="bpe", vocab_size=vocabulary,
-        pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
-        user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\n"], byte_fallback=True, split_digits=True,
+        pad_id=0, eos_id=1, bos_id=2, unk_id=3,
+        pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", unk_piece="<unk>",
+        user_defined_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>", "\n"],
+        byte_fallback=True, split_digits=True,
         add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
         character_coverage=1.0, num_threads=1, minloglevel=2,
     )  # fmt: skip
@@ -94,19 +98,16 @@ def with_control_marks(model: bytes) -> bytes:
     llama.cpp's converter takes user-defined pieces for ordinary text unless `tokenizer_config.json` has an
     `added_tokens_decoder`, which transformers 5 no longer writes; control pieces it always knows.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    form = sentencepiece_model_pb2.ModelProto  # type: ignore[attr-defined]  # protobuf makes it at import
+    proto = form.FromString(model)
     for piece in proto.pieces:
         if piece.piece in ("<mask>", "<start_of_turn>", "<end_of_turn>"):
-            piece.type = sentencepiece_model_pb2.ModelProto.SentencePiece.CONTROL
-    return proto.SerializeToString()
+            piece.type = form.SentencePiece.CONTROL
+    return bytes(proto.SerializeToString())
 
 
 def save(model: bytes, out: Path) -> None:
     """Write `tokenizer.model` and the Hugging Face files that `AutoTokenizer` loads."""
-    from transformers import AutoTokenizer
-
     model = with_control_marks(model)
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").unlink(missing_ok=True)  # an older one would be loaded in place of the model's pieces

@@ -18,10 +18,12 @@ from typing import Any
 import psutil
 
 from tasks.core.errors import BY_EXIT_CODE, Killed, StageError, Stalled
+from tasks.core.warm import Nursery, WarmChild
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0  # Prefect's own grace for a cancelled run is 30 s for the whole process group
 LOG_LINES = 30
+NURSERY = Nursery()
 
 
 def run_command(
@@ -31,8 +33,9 @@ def run_command(
     on_event: Callable[[dict[str, Any]], None],
     stall_seconds: float,
     timeout_seconds: float,
+    warm: bool = False,
 ) -> None:
-    """Runs `python -m module arguments` to its end; returns when it exits with 0.
+    """Runs `python -m module arguments` to its end, `warm` or in a new interpreter; returns when it exits with 0.
 
     Its output goes to `<work>/log.txt`, its events (`<work>/events.jsonl`) to `on_event` as they come. Raises the
     error that its exit code stands for, with its own message or the end of its log; `Stalled` when neither file
@@ -42,18 +45,21 @@ def run_command(
     work.mkdir(parents=True, exist_ok=True)
     log, events = work / "log.txt", work / "events.jsonl"
     events.touch()
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that spin starve each other on a busy machine
+    environment = {
+        "GOMP_SPINCOUNT": "20000",
+        **os.environ,
+    }  # OpenMP's default spins: on a busy machine up to 30 times slower
     environment |= {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("ab") as output, events.open(encoding="utf-8") as stream:
+    with events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
-        )  # fmt: skip
+        child = (NURSERY.start(module, arguments, log, environment) if warm else None) or _start(
+            module, arguments, log, environment
+        )
         try:
             _follow(child, log, events, stream, on_event, stall_seconds, timeout_seconds)
         except BaseException:
             stop_tree(child.pid)
+            _wait(child)
             _forward(stream, on_event)  # what it said while it saved its last checkpoint
             raise
         _forward(stream, on_event)
@@ -61,8 +67,25 @@ def run_command(
         raise _error(module, child.returncode, work)
 
 
+def _start(
+    module: str, arguments: Sequence[str], log: Path, environment: dict[str, str]
+) -> "subprocess.Popen[bytes]":  # fmt: skip
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+
+
+def _wait(child: "subprocess.Popen[bytes] | WarmChild", seconds: float = 5.0) -> None:
+    """Takes the exit code of a child that was stopped."""
+    deadline = time.monotonic() + seconds
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+
+
 def _follow(
-    child: "subprocess.Popen[bytes]", log: Path, events: Path, stream: Any,
+    child: "subprocess.Popen[bytes] | WarmChild", log: Path, events: Path, stream: Any,
     on_event: Callable[[dict[str, Any]], None], stall_seconds: float, timeout_seconds: float,
 ) -> None:  # fmt: skip
     started = alive = time.monotonic()
@@ -75,7 +98,7 @@ def _follow(
         if grown != sizes:
             sizes, alive = grown, now
         if now - alive > stall_seconds:
-            child.send_signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
+            os.kill(child.pid, signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
             time.sleep(1)
             raise Stalled(f"no sign of life for {stall_seconds:.0f} s; stopped. Its stacks:\n{tail(log)}")
         if now - started > timeout_seconds:

@@ -13,7 +13,6 @@ last: its presence says that the rest is whole. Exit codes are those of `tasks.c
 """
 
 import argparse
-import ctypes
 import errno
 import faulthandler
 import inspect
@@ -32,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.core.errors import BadConfig, BadData, DeviceLost, NoSpace, OutOfMemory, StageError
 from tasks.core.job import Job
+from tasks.core.parent import die_with_parent, name_process
 from tasks.core.provenance import provenance
 from tasks.core.refs import Fact, ModelDir
 
@@ -55,7 +55,8 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
     """Runs `stage` as the process's main program and exits with what happened."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the stall watchdog asks for the stacks
-    _die_with_parent()
+    die_with_parent()
+    name_process("stage:" + Path(inspect.getfile(stage)).parent.name)
     hints = get_type_hints(stage)
     arguments = vars(_parser(stage, hints).parse_args(argv))
     out, work = Path(arguments.pop("out")), arguments.pop("work")
@@ -136,13 +137,6 @@ def _known(error: BaseException) -> StageError | None:
     if isinstance(error, ValueError):  # stages raise ValueError that says which value, which row, and what to do
         return BadConfig(str(error))
     return None
-
-
-def _die_with_parent() -> None:
-    """On Linux, SIGTERM for us when the process that started us dies: no orphan keeps a GPU."""
-    if sys.platform == "linux" and os.environ.get("STILLHOUSE_PARENT") == str(os.getppid()):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _write_json(path: Path, value: Any) -> None:

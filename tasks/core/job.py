@@ -60,8 +60,8 @@ class Job:
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
-        self.stop_requested = True
-        if not self._deferred:
+        first, self.stop_requested = not self.stop_requested, True
+        if first and not self._deferred:  # a second one must not disturb the goodbye
             raise Preempted("stopped by SIGTERM; run the same command again to go on")
 
     @contextmanager

@@ -1,6 +1,7 @@
 """What a stage leaves in MLflow: its settings, its data, its final numbers, its pictures, the files it delivers."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ def system_metrics(run: Run, settings: Settings) -> Iterator[None]:
     if run.run_id is None:
         yield
         return
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it tells of every start and stop
     monitor = SystemMetricsMonitor(
         run.run_id, sampling_interval=SAMPLING_SECONDS, resume_logging=True, tracking_uri=settings.tracking_uri
     )

@@ -9,6 +9,7 @@ import os
 import socket
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -31,6 +32,8 @@ class Settings(BaseSettings):
     """A command that shows no sign of life for so long is stopped, its stacks in its log, and tried again."""
     timeout_seconds: float = Field(default=7 * 24 * 3600, gt=0)
     """A command that runs longer is stopped."""
+    warm_start: Literal["auto", "on", "off"] = "auto"
+    """Fork stages off one process that has imported torch (tasks/core/warm.py); `auto`: where no CUDA device is."""
     keep_scratch: bool = False
     """Keep a finished stage's checkpoints and logs below `<home>/scratch`."""
     experiment: str = "stillhouse"
@@ -42,6 +45,11 @@ class Settings(BaseSettings):
         root = self.home.expanduser().absolute()
         root.mkdir(parents=True, exist_ok=True)
         return root
+
+    @property
+    def warm(self) -> bool:
+        """`warm_start`, decided for this machine."""
+        return self.warm_start == "on" or (self.warm_start == "auto" and not Path("/dev/nvidiactl").exists())
 
     @cached_property
     def store_uri(self) -> str:

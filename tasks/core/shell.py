@@ -94,7 +94,13 @@ def _run(
 
         try:
             run_command(
-                f"tasks.{stage}.run", arguments, work, on_event, settings.stall_seconds, settings.timeout_seconds
+                f"tasks.{stage}.run",
+                arguments,
+                work,
+                on_event,
+                settings.stall_seconds,
+                settings.timeout_seconds,
+                settings.warm,
             )
         except OutOfMemory:
             rung.write_text(str(rungs + 1))

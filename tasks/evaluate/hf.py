@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from tasks.core.errors import GateFailed
@@ -30,6 +31,8 @@ def answer_hf(model_dir: ModelDir, asked: Asked, job: Job) -> Answered:
     """Loads the model and answers all prompts, longest first; raises GateFailed for logits that are not finite."""
     torch.set_num_threads(asked.threads)
     model = load_model(model_dir)
+    if isinstance(model, PeftModel) and model.dtype == torch.float32:  # the same function in half the operations
+        model = model.merge_and_unload()
     order = sorted(range(len(asked.prompts)), key=lambda row: -len(asked.prompts[row]))
     answers: list[list[int]] = [[] for _ in order]
     generated, size = 0, asked.batch_size >> job.rung or 1

@@ -17,11 +17,21 @@ from tasks.core import child
 from tasks.core.errors import BadConfig, GateFailed, Killed, NoSpace, OutOfMemory, Preempted, StageError, Stalled
 
 
+@pytest.fixture(params=[False, True], ids=["cold", "warm"], autouse=True)
+def warm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Every test with a new interpreter, and with a fork of the warm process."""
+    monkeypatch.setitem(WARM, "warm", request.param)
+    return bool(request.param)
+
+
+WARM = {"warm": False}
+
+
 def run(tmp_path: Path, act: str, *extra: str, stall: float = 30, timeout: float = 60) -> list[dict[str, Any]]:
     config, events = tmp_path / "config.json", []
     config.write_text(json.dumps({"act": act}))
     arguments = [str(config), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *extra]
-    child.run_command("tests.core.probe", arguments, tmp_path / "work", events.append, stall, timeout)
+    child.run_command("tests.core.probe", arguments, tmp_path / "work", events.append, stall, timeout, WARM["warm"])
     return events
 
 
@@ -100,7 +110,6 @@ def test_a_checkpoint_is_saved_on_sigterm(tmp_path: Path) -> None:
 
 def test_interrupting_the_parent_leaves_no_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child and a grandchild that ignore SIGTERM are killed when the parent is interrupted."""
-    monkeypatch.setattr(child, "GRACE_SECONDS", 1.0)
     monkeypatch.setattr(child.stop_tree, "__defaults__", (1.0,))
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"act": "stubborn"}))
@@ -111,7 +120,7 @@ def test_interrupting_the_parent_leaves_no_orphan(tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        child.run_command("tests.core.probe", arguments, tmp_path / "work", interrupt, 30, 60)
+        child.run_command("tests.core.probe", arguments, tmp_path / "work", interrupt, 30, 60, WARM["warm"])
     assert not psutil.pid_exists(pid_in(tmp_path, "pid"))
     assert not psutil.pid_exists(pid_in(tmp_path, "grandchild"))
 
@@ -121,7 +130,7 @@ def test_the_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tasks.core.child import run_command; t = Path(sys.argv[1]);"
         "run_command('tests.core.probe', [str(t/'config.json'), '--out', str(t/'out'), '--work', str(t/'work')],"
-        "t/'work', lambda event: None, 60, 60)"
+        f"t/'work', lambda event: None, 60, 60, {WARM['warm']})"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
     deadline = time.monotonic() + 30
@@ -135,3 +144,25 @@ def test_the_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     parent.wait()
     gone, _ = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
     assert not psutil.pid_exists(pid)
+
+
+def test_the_next_command_finds_the_warm_process_free_again(tmp_path: Path) -> None:
+    for act, error in (("killed", Killed), ("sleep", Stalled), ("gate", GateFailed)):
+        with pytest.raises(error):
+            run(tmp_path, act, stall=1.5)
+    run(tmp_path, "succeed")
+    assert not child.NURSERY._lock.locked()
+
+
+def test_a_command_can_be_told_apart_by_name(tmp_path: Path) -> None:
+    names: list[str] = []
+
+    def look(event: dict[str, Any]) -> None:
+        if str(event.get("message", "")).startswith("pid"):
+            names.append(Path(f"/proc/{event['message'].split()[1]}/comm").read_text().strip())
+
+    (tmp_path / "config.json").write_text('{"act": "sleep"}')
+    arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    with pytest.raises(Stalled):
+        child.run_command("tests.core.probe", arguments, tmp_path / "work", look, 1.5, 60, WARM["warm"])
+    assert names == ["stage:core"]

@@ -1,4 +1,4 @@
-"""The quickstart's rows are reproducible and honestly held out; its bases load, fit their sizes and tokenize as Gemma does."""
+"""The quickstart's rows are reproducible and held out; its bases load, fit their sizes and tokenize as Gemma does."""
 
 import json
 from pathlib import Path

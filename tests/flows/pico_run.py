@@ -31,7 +31,7 @@ def settings(directory: Path, **changes: Any) -> dict[str, Any]:
         "teacher": TRAINING,
         "student": {**TRAINING, "method": "lora"},
         "merge": {"gate_rows": 4},
-        "gguf": [{"kind": "BF16", "proof_rows": 2}, {"kind": "Q8_0", "proof_rows": 2}],
+        "gguf": [{"kind": kind, "proof_rows": 4, "min_top1": 0.8} for kind in ("BF16", "Q8_0")],
         "evaluate": {"max_new_tokens": 16},
         **changes,
     }
