@@ -1,7 +1,7 @@
 """The GPU slot: a Prefect global concurrency limit, held only while a stage's command runs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -20,21 +20,25 @@ def gpu_slot(settings: Settings, logger: Any) -> Iterator[None]:
 
     Strict: should the limit vanish meanwhile, that is an error and not a silent free-for-all.
     """
-    _ensure(settings)
-    logger.debug("waiting for a slot of %s", settings.gpu_slot)
+    if _taken(settings):
+        logger.info(
+            "waiting for the slot %s: another run holds it, or one was killed less than %.0f s ago",
+            settings.gpu_slot, LEASE_SECONDS,
+        )  # fmt: skip
     with concurrency(
         settings.gpu_slot, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False
     ):
         yield
 
 
-def _ensure(settings: Settings) -> None:
+def _taken(settings: Settings) -> bool:
+    """Whether all slots are taken now; makes the limit where there is none."""
     with get_client(sync_client=True) as client:
         try:
-            client.read_global_concurrency_limit_by_name(settings.gpu_slot)
+            limit = client.read_global_concurrency_limit_by_name(settings.gpu_slot)
+            return limit.active_slots >= limit.limit
         except ObjectNotFound:
-            limit = GlobalConcurrencyLimitCreate(name=settings.gpu_slot, limit=settings.gpu_slots)
-            try:
-                client.create_global_concurrency_limit(limit)
-            except ObjectAlreadyExists:
-                return
+            wanted = GlobalConcurrencyLimitCreate(name=settings.gpu_slot, limit=settings.gpu_slots)
+            with suppress(ObjectAlreadyExists):
+                client.create_global_concurrency_limit(wanted)
+            return False

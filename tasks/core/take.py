@@ -30,7 +30,7 @@ def take_files(files: dict[str, str]) -> FilesRef:
     return FilesRef(uri=store.uri, digest=digest, facts={"bytes": size})
 
 
-@task(name="take-model", **TASK)
+@task(name="take-model", task_run_name="take {source}", **TASK)
 def take_model(source: str, revision: str | None = None) -> ModelRef:
     """A local model directory, or a model of the Hugging Face hub at `revision`, as an artifact.
 

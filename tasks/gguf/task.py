@@ -8,7 +8,7 @@ from tasks.core.shell import run_stage
 from tasks.gguf import GgufConfig
 
 
-@task(name="convert", **TASK)
+@task(name="convert", task_run_name="convert {config.kind}", **TASK)
 def convert(config: GgufConfig, model: ModelRef, dataset: DatasetRef, source: GgufRef | None = None) -> GgufRef:
     """One GGUF file of `model`, proven in llama.cpp; `source` is its BF16 file, to quantize from."""
     quantized = config.kind not in ("F32", "F16", "BF16")

@@ -8,7 +8,7 @@ from tasks.core.shell import Input, run_stage
 from tasks.teacher import FineTuneConfig
 
 
-@task(name="fine-tune", **TASK)
+@task(name="fine-tune", task_run_name="fine-tune {label}", **TASK)
 def fine_tune(config: FineTuneConfig, base: ModelRef, dataset: DatasetRef, label: str = "teacher") -> AnyModel:
     """`base` fine-tuned on the dataset: an adapter, or a whole model with `method: full`."""
     inputs: dict[str, Input] = {"base": base, "dataset": dataset}

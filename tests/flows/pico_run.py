@@ -15,7 +15,6 @@ from tests.prefect_server import PrefectServer
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "deployments" / "quickstart"
 TRAINING = {"max_steps": 4, "batch_size": 8, "micro_batch_size": 8, "rank": 4, "save_every_steps": 1}
-STAGES = ["ingest", "teacher", "student", "direct", "outliers", "merge", "gguf BF16", "gguf Q8_0"]
 
 
 def settings(directory: Path, **changes: Any) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def settings(directory: Path, **changes: Any) -> dict[str, Any]:
     return {
         "train": str(directory / "train.jsonl"),
         "test": str(directory / "test.jsonl"),
-        "teacher_base": str(QUICKSTART / "student"),
+        "teacher_base": str(QUICKSTART / "teacher"),
         "student_base": str(QUICKSTART / "student"),
         "teacher": TRAINING,
         "student": {**TRAINING, "method": "lora"},
@@ -42,6 +41,7 @@ class Home:
 
     def __init__(self, directory: Path, server: PrefectServer, **changes: Any) -> None:
         self.directory, self.config = directory, directory / "run.yaml"
+        self._log = directory / "output.txt"
         self.environment = {
             **os.environ, **server.environment, "STILLHOUSE_HOME": str(directory / "home"),
             "STILLHOUSE_GPU_SLOT": f"gpu-{directory.name}",
@@ -53,26 +53,28 @@ class Home:
         """The config anew, with changes."""
         self.config.write_text(yaml.safe_dump(settings(self.directory, **changes)))
 
-    def start(self) -> "subprocess.Popen[str]":
-        """The command, running, in a process group of its own."""
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows.pipeline", str(self.config)], cwd=ROOT, env=self.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    def start(self) -> "subprocess.Popen[bytes]":
+        """The command, running, in a process group of its own; what it says is in `output`."""
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "flows.pipeline", str(self.config)], cwd=ROOT, env=self.environment,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        """What the last command has said so far."""
+        return self._log.read_text()
 
     def run(self) -> str:
         """The command's output; its failure is an AssertionError with that output."""
-        process = self.start()
-        output, _ = process.communicate(timeout=900)
-        assert process.returncode == 0, output[-6000:]
-        return output
+        assert self.start().wait(timeout=900) == 0, self.output[-6000:]
+        return self.output
 
     def fail(self) -> str:
         """The output of a run that has to fail."""
-        process = self.start()
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode != 0, output[-3000:]
-        return output
+        assert self.start().wait(timeout=300) != 0, self.output[-3000:]
+        return self.output
 
     @property
     def summary(self) -> dict[str, Any]:
