@@ -13,26 +13,31 @@ SECONDS_BETWEEN_EVENTS = 0.5
 
 
 class Reporter(TrainerCallback):
-    """Progress and metrics at most twice a second; checkpoints by step, by time, at the end and on SIGTERM."""
+    """Metrics of every step, progress twice a second at most; checkpoints by step, time, at the end and on SIGTERM."""
 
     def __init__(self, trainer: "GuardedTrainer", plan: "Plan") -> None:
         self.trainer, self.plan = trainer, plan
         self.start = self.saved = self.told = time.monotonic()
-        self.start_step = self.told_step = 0
+        self.step_began = self.start
+        self.start_step = 0
         self.tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Starts the clocks; a resumed run's speed counts its own steps only."""
-        self.start = self.saved = self.told = time.monotonic()
-        self.start_step = self.told_step = state.global_step
+        self.start = self.saved = self.told = self.step_began = time.monotonic()
+        self.start_step = state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Tells, validates, and asks for a checkpoint where one is due."""
         step, config, now = state.global_step, self.plan.config, time.monotonic()
         last = step == self.plan.steps
         self.tokens += self.trainer.tokens
+        numbers = {name: values[-1] for name, values in self.trainer.history.steps.items()}
+        speed = self.trainer.tokens / max(now - self.step_began, 1e-9)
+        self.plan.job.metrics(step, **numbers, tokens_per_second=speed)
+        self.step_began = now
         if last or now - self.told >= SECONDS_BETWEEN_EVENTS:
-            self._tell(step, now)
+            self._tell(step, now, numbers["loss"])
         if config.validate_every_steps and step % config.validate_every_steps == 0 and not last:
             self.trainer.validate()
         stop = self.plan.job.stop_requested
@@ -42,12 +47,9 @@ class Reporter(TrainerCallback):
         if stop:
             control.should_training_stop = True
 
-    def _tell(self, step: int, now: float) -> None:
-        history, since = self.trainer.history, step - self.told_step
+    def _tell(self, step: int, now: float, loss: float) -> None:
         speed = self.tokens / max(now - self.told, 1e-9)
         left = (self.plan.steps - step) * (now - self.start) / (step - self.start_step)
-        numbers = {name: history.mean(name, since) for name in history.steps}
-        self.plan.job.metrics(step, **numbers, tokens_per_second=speed)
-        note = f"loss {numbers['loss']:.4f}, {speed:,.0f} tokens/s, {left // 60:.0f}:{left % 60:02.0f} left"
+        note = f"loss {loss:.4f}, {speed:,.0f} tokens/s, {left // 60:.0f}:{left % 60:02.0f} left"
         self.plan.job.progress(step, self.plan.steps, "steps", note)
-        self.told, self.told_step, self.tokens = now, step, 0
+        self.told, self.tokens = now, 0
