@@ -52,7 +52,7 @@ def take_model(source: str, revision: str | None = None) -> ModelRef:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download  # noqa: PLC0415  (slow to import, rarely needed)
+    from huggingface_hub import constants, errors, snapshot_download  # noqa: PLC0415  (slow to import, rarely needed)
 
     get_run_logger().info("fetching %s from the hub", name)
     try:
@@ -65,6 +65,10 @@ def _download(name: str, revision: str | None) -> Path:
             f"for a private one set HF_TOKEN ({error})"
         ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise BadConfig(
+                f"base model {name!r} is neither a directory here nor in the hub's cache, and HF_HUB_OFFLINE is set"
+            ) from error
         raise StorageUnavailable(
             f"base model {name!r} is not a directory here, and the hub does not answer: {error}"
         ) from error
