@@ -57,7 +57,8 @@ def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
     student = stages["student"].data.metrics
     assert {"kd_loss", "ce_loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(student)
     assert stages["student"].inputs.dataset_inputs[0].dataset.name == "dataset"
-    assert any(name.startswith("system/") for name in stages["teacher"].data.metrics)
+    sampled = [run for run in stages.values() if any(name.startswith("system/") for name in run.data.metrics)]
+    assert sampled, "no stage ran for the 5 s that MLflow takes to sample the machine"
     [version] = client.search_model_versions("name = 'stillhouse-gguf-Q8_0'")
     assert Path(version.source.removeprefix("file://")).is_file()
 
