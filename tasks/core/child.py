@@ -48,7 +48,7 @@ def run_command(
     environment = {
         "GOMP_SPINCOUNT": "20000",
         **os.environ,
-    }  # OpenMP's default spins: on a busy machine up to 30 times slower
+    }  # OpenMP's default spins: see docs/benchmarks.md
     environment |= {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     with events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)

@@ -128,6 +128,8 @@ def _fetched(store: Store, inputs: Mapping[str, Input], root: Path, view: Progre
 
 def _publish(store: Store, out: Path, kind: type[R], fields: Mapping[str, Any], view: ProgressView) -> R:
     report = json.loads((out / "report.json").read_text())
+    for warning in report["warnings"]:
+        get_run_logger().warning(warning)
     (out / "report").mkdir(exist_ok=True)
     shutil.copy(out.parent / "work" / "events.jsonl", out / "report" / "events.jsonl")
     return kind(uri=store.uri, digest=store.put(out, view.progress), facts=report["facts"], **fields)
