@@ -1,10 +1,11 @@
-"""The canonical row: chat messages whose last one, the assistant's, is the label. One JSON object a line."""
+"""The canonical row: chat messages, and which of the assistant's are labels. One JSON object a line."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Message(BaseModel):
@@ -17,12 +18,24 @@ class Message(BaseModel):
 
 
 class Row(BaseModel):
-    """A training or held-out example. `intent` is the answer's `intent` where answers are JSON objects with one."""
+    """A training or held-out example.
+
+    `intent` is the answer's `intent` where answers are JSON objects with one. `labels` are the places of the messages
+    that are learnt, all of them the assistant's; None is the last message alone.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     messages: list[Message]
     intent: str | None = None
+    labels: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_answers(self) -> Self:
+        for place in self.labels or ():
+            if not 0 <= place < len(self.messages) or self.messages[place].role != "assistant":
+                raise ValueError(f"labels: message {place} is none of the assistant's")
+        return self
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -31,7 +44,7 @@ class Row(BaseModel):
 
     @property
     def answer(self) -> str:
-        """The label: the last message's content."""
+        """The last message's content: what a model is asked for."""
         return self.messages[-1].content
 
 
@@ -47,6 +60,7 @@ def write_rows(path: Path, rows: Iterator[Row] | list[Row]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row.model_dump(), ensure_ascii=False) + "\n")
+            without = {"labels"} if row.labels is None else None
+            file.write(json.dumps(row.model_dump(exclude=without), ensure_ascii=False) + "\n")
             count += 1
     return count

@@ -65,6 +65,15 @@ class S3Blobs:
                     return None
                 raise
 
+    def keys(self, prefix: str) -> Iterator[str]:
+        """LIST, page by page: every key that starts with `prefix`, sorted."""
+        with self._asking(f"list {prefix or 'all keys'}"):
+            pages = self._s3.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            for page in pages:
+                yield from (found["Key"].removeprefix(self._prefix) for found in page.get("Contents", []))
+
     def read(self, key: str) -> bytes | None:
         """GET, into memory."""
         with self._asking(f"read {key}"):

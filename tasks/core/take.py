@@ -1,14 +1,16 @@
 """Takes a user's files and base models into the store, so that every machine works on the same verified bytes."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import get_run_logger, task
 
-from tasks.core.errors import BadConfig, BadData, StorageUnavailable
+from tasks.core.errors import BadConfig, StorageUnavailable
 from tasks.core.refs import FilesRef, ModelRef
 from tasks.core.retry import TASK
 from tasks.core.settings import Settings
+from tasks.core.sources import gather
 from tasks.core.store import open_store
 
 # Configs, tokenizers and templates, and weights as safetensors only: a pickle is never taken.
@@ -16,17 +18,13 @@ MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 
 
 @task(name="take-files", **TASK)
-def take_files(files: dict[str, str]) -> FilesRef:
-    """`{"train": "rows.jsonl", "test": ...}` as one artifact: `train.jsonl`, `test.jsonl` ..., suffixes kept."""
+def take_files(files: Mapping[str, str]) -> FilesRef:
+    """`{"train": SOURCE, "test": SOURCE, ...}` as one artifact; see `tasks.core.sources` for what a source can be."""
     with tempfile.TemporaryDirectory() as directory:
-        for name, file in files.items():
-            path = Path(file).expanduser().absolute()
-            if not path.is_file():
-                raise BadData(f"{name}: no file at {path}; paths are relative to {Path.cwd()}")
-            (Path(directory) / (name + "".join(path.suffixes))).symlink_to(path)
+        target = Path(directory)
+        size = sum(gather(split, source, target, get_run_logger().info) for split, source in files.items())
         store = open_store(Settings().store_uri)
-        digest = store.put(Path(directory))
-    size = sum(Path(file).expanduser().stat().st_size for file in files.values())
+        digest = store.put(target / "files")
     return FilesRef(uri=store.uri, digest=digest, facts={"bytes": size})
 
 

@@ -1,9 +1,10 @@
 """Chat messages to token ids: what training teaches is, id for id, what generation will see.
 
 prompt = prompt_ids(tokenizer, row.prompt)      # generation starts here
-example = encode(tokenizer, row)                # the same ids, the answer's and its end-of-turn
+example = encode(tokenizer, row)                # the same ids, the answer's and its end of turn
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -15,41 +16,94 @@ IGNORE = -100
 
 
 class Example(NamedTuple):
-    """A row as ids; `labels` is `input_ids` where the answer is and -100 on the prompt (not shifted)."""
+    """A row as ids; `labels` is `input_ids` where an answer that is learnt is, -100 elsewhere (not shifted)."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def answer_ids(self) -> list[int]:
-        """The labels without the prompt's -100."""
+        """The labels without the -100."""
         return [label for label in self.labels if label != IGNORE]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Ids of the messages and the opening of the assistant's turn, with exactly one BOS where the model has one."""
-    return _template(tokenizer, messages, generation=True)
+    return _ids(tokenizer, [_text(tokenizer, messages, generation=True)])[0]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, end: int | None = None) -> Example:
     """A row's ids and labels; the last label is the end-of-turn token. `end` saves computing `turn_end` for each row.
 
-    Raises ValueError when the ids of the whole conversation do not start with the ids of its prompt.
+    Labels are the messages that `row.labels` names, each with its end of turn, or the last one. Raises ValueError when
+    the conversation does not start with what generation of one of them would start with.
     """
-    prompt = prompt_ids(tokenizer, row.prompt)
-    whole = _template(tokenizer, [message.model_dump() for message in row.messages], generation=False)
-    if whole[: len(prompt)] != prompt:
-        at = next(i for i, (a, b) in enumerate(zip([*whole, None], [*prompt, None], strict=False)) if a != b)
-        raise ValueError(
-            f"the chat template's prompt is not a prefix of the conversation: they part at token {at}, after "
-            f"{tokenizer.decode(prompt[:at])[-40:]!r}. Training would teach what generation never sees; use a chat "
-            "template whose generation prompt opens the assistant's turn exactly as a finished turn is written"
-        )
     end = turn_end(tokenizer) if end is None else end
-    answer = whole[len(prompt) :]
-    # What a template writes behind the end of turn is never generated; one that writes no end of turn gets it here.
-    answer = answer[: len(answer) - answer[::-1].index(end)] if end in answer else [*answer, end]
-    return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
+    messages = [message.model_dump() for message in row.messages]
+    last = len(messages) - 1
+    whole = _text(tokenizer, messages, generation=False)
+    ids = _ids(tokenizer, [whole])[0]
+    spans: list[tuple[int, int]] = []
+    for place in row.labels or [last]:
+        before, learnt = ids, spans[-1][1] if spans else 0
+        ids, start = _opened(tokenizer, whole, ids, _text(tokenizer, messages[:place], generation=True))
+        stop = len(ids)
+        if ids[:learnt] != before[:learnt]:
+            raise ValueError("two answers cannot both start as generation starts them; set learn_turns=last")
+        if place != last:
+            ids, stop = _opened(tokenizer, whole, ids, _text(tokenizer, messages[: place + 1], generation=False))
+        spans.append((start, _end_of_turn(ids, start, stop, end)))
+    if row.labels is None or row.labels[-1] == last:
+        # What a template writes behind the end of turn is never generated; one that writes no end of turn gets it here.
+        start, stop = spans[-1]
+        ids = ids[:stop] if ids[stop - 1] == end else [*ids, end]
+        spans[-1] = (start, len(ids))
+    labels = [IGNORE] * len(ids)
+    for start, stop in spans:
+        labels[start:stop] = ids[start:stop]
+    return Example(ids, labels)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[int]:
+    """Length of each row's ids, as `encode` makes them, tokenized together.
+
+    One token less for each answer whose first characters would merge with the opening before it.
+    """
+    end = turn_end(tokenizer)
+    texts = [_text(tokenizer, [one.model_dump() for one in row.messages], generation=False) for row in rows]
+    found = []
+    for row, ids in zip(rows, _ids(tokenizer, texts), strict=True):
+        if row.labels is not None and row.labels[-1] != len(row.messages) - 1:
+            found.append(len(ids))
+        else:
+            found.append(_end_of_turn(ids, 0, len(ids), end) if end in ids else len(ids) + 1)
+    return found
+
+
+def _opened(tokenizer: PreTrainedTokenizerBase, whole: str, ids: list[int], opening: str) -> tuple[list[int], int]:
+    """The conversation's ids with a token border where `opening` ends, and that border.
+
+    Text that follows may merge with the opening's last token (a line break with the answer's own); generation never
+    sees that, so then both parts are tokenized for themselves.
+    """
+    start = _ids(tokenizer, [opening])[0]
+    if ids[: len(start)] == start:
+        return ids, len(start)
+    if not whole.startswith(opening):
+        at = next(i for i, (a, b) in enumerate(zip(whole + "\0", opening + "\1", strict=False)) if a != b)
+        raise ValueError(
+            f"the chat template's prompt is not a prefix of the conversation: they part behind "
+            f"{opening[max(0, at - 40) : at]!r}, where generation has {opening[at : at + 20]!r}. Training would teach "
+            "what generation never sees; use a chat template that opens the assistant's turn exactly as a finished "
+            "turn is written, or learn_turns=last for one that rewrites earlier turns"
+        )
+    rest = tokenizer(whole[len(opening) :], add_special_tokens=False)["input_ids"]
+    return [*start, *rest], len(start)
+
+
+def _end_of_turn(ids: list[int], start: int, stop: int, end: int) -> int:
+    """Where the turn in `ids[start:stop]` ends: behind its last end-of-turn token, or at `stop` without one."""
+    return next((at + 1 for at in range(stop - 1, start - 1, -1) if ids[at] == end), stop)
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -78,12 +132,19 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool) -> list[int]:
-    ids = list(_apply(tokenizer, messages, tokenize=True, return_dict=False, add_generation_prompt=generation))
+def _text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation: bool) -> str:
+    return cast(str, _apply(tokenizer, messages, tokenize=False, add_generation_prompt=generation))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of rendered conversations, each with exactly one BOS where the model or the template has one."""
     bos = tokenizer.bos_token_id
-    start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-    wants_bos = start > 0 or (bos is not None and bos in tokenizer("")["input_ids"])
-    return [bos] * wants_bos + ids[start:]
+    added = bos is not None and bos in tokenizer("")["input_ids"]
+    found = []
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+        found.append([bos] * (start > 0 or added) + ids[start:])
+    return found
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ingest: a team's own files in, checked rows in train, validation and test out. This is the stage's config."""
+"""Ingest: a team's own files in, checked rows in train, validation, test and calibration out: the stage's config."""
 
 from typing import Literal
 
@@ -31,6 +31,9 @@ class IngestConfig(StageConfig):
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own."""
 
+    learn_turns: Literal["all", "last"] = "all"
+    """Which of a conversation's assistant messages are labels; one marked `weight: 0` (as OpenAI does) never is."""
+
     test_fraction: float = Field(default=0.1, ge=0, le=0.5)
     """Share of rows held out for evaluation when no test file is given."""
 
@@ -40,8 +43,31 @@ class IngestConfig(StageConfig):
     seed: int = Field(default=0, ge=0)
     """Decides with a row's content on which side of the splits it falls."""
 
+    calibration_rows: int = Field(default=512, ge=0)
+    """Rows of train that also go to calibration.jsonl, for activation statistics; intents keep their shares."""
+
     drop_duplicates: bool = True
     """Keep the first of several equal rows (equal question and answer) only."""
+
+    near_duplicates: Literal["off", "together", "drop"] = "off"
+    """Look for almost equal questions (MinHash) and keep them on one side of the splits; `drop` also keeps only the
+    first of those whose answers are equal."""
+
+    near_threshold: float = Field(default=0.8, ge=0.6, le=1)
+    """Questions count as almost equal from this share of common 5-byte pieces (Jaccard similarity) on."""
+
+    schema_share: float = Field(default=0.98, gt=0.5, le=1)
+    """What this share of the JSON answers has in common (a field, its type) is required of all of them."""
+
+    max_length: int = Field(default=2048, ge=16)
+    """Tokens that a row may have, chat template included; counted when a tokenizer is given."""
+
+    over_long: Literal["drop", "cut", "fail"] = "drop"
+    """What happens to a row over `max_length`: quarantine, its question cut at the end (and told in cut.jsonl), or the
+    stage fails."""
+
+    chat_template: Literal["model", "gemma"] = "model"
+    """The template that tokens are counted with: the tokenizer's own, or Gemma's for a base model that has none."""
 
     minimum_rows: int = Field(default=50, ge=1)
     """Fewer good rows than this to learn from fail the stage."""

@@ -1,39 +1,37 @@
-"""Reads what people have, one record at a time: JSONL, JSON arrays, CSV, Parquet, plain or gzipped.
+"""Reads what people have, one row at a time: JSONL, JSON arrays, CSV, Parquet, plain, gzipped or zstd-compressed.
 
-A record that cannot be read comes with its `fault` in words and does not stop the others; a whole file that cannot be
-read raises BadData.
+A row that cannot be read comes as `Unreadable` and does not stop the others; a whole file that cannot be read raises
+BadData. Memory is flat in the number of rows.
 """
 
-import csv
 import gzip
-import io
-import json
 import re
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
-
-import orjson
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import IO, Any, Literal, NamedTuple, cast
 
 from tasks.core.errors import BadData
 
 Split = Literal["train", "validation", "test"]
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+PACKED = (".gz", ".zst")
 # The names that Hugging Face's `datasets` gives to splits, so that a copied hub dataset is read as it was meant.
 SPLITS: dict[Split, str] = {"test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
-BATCH = 10_000
+NOT_DATA = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}  # of `save_to_disk`
 
 
-class Record(NamedTuple):
-    """One row as found: `line` counts from 1 (for Parquet: rows); `value` is None when there is a `fault`."""
+class Unreadable(NamedTuple):
+    """A row that is no JSON value: why, and what was there."""
 
-    file: str
-    line: int
+    reason: str
     raw: str
-    value: Any
-    fault: str | None = None
+
+
+# A row's line (from 1; for Parquet: its row) and the row: JSON text, a value already parsed, or Unreadable.
+Numbered = tuple[int, bytes | dict[Any, Any] | Unreadable]
 
 
 def data_files(files: Path) -> tuple[list[tuple[Path, Split]], list[Path]]:
@@ -41,132 +39,96 @@ def data_files(files: Path) -> tuple[list[tuple[Path, Split]], list[Path]]:
     if not files.exists():
         raise BadData(f"{files} is not there; give a file or a directory with train.jsonl")
     found = [files] if files.is_file() else sorted(path for path in files.rglob("*") if path.is_file())
-    visible = [path for path in found if not path.name.startswith(".")]
+    root = files if files.is_dir() else files.parent
+    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     data = [path for path in visible if kind(path)]
     if not data:
-        raise BadData(f"{files} holds no data file; give train.jsonl, or any of {', '.join(SUFFIXES)}, plain or .gz")
-    return [(path, split_by_name(path)) for path in data], [path for path in visible if not kind(path)]
+        wanted = ", ".join(SUFFIXES)
+        raise BadData(f"{files} holds no data file; give train.jsonl, or any of {wanted}, plain, .gz or .zst")
+    return [(path, split_by_name(path.relative_to(root))) for path in data], [p for p in visible if not kind(p)]
 
 
-def kind(path: Path) -> str:
-    """The format suffix of a data file, without `.gz`; empty for any other file."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    return suffix if suffix in SUFFIXES else ""
+def kind(path: PurePath) -> str:
+    """The format suffix of a data file, without `.gz` or `.zst`; empty for any other file."""
+    if path.name in NOT_DATA:
+        return ""
+    name = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return name.suffix.lower() if name.suffix.lower() in SUFFIXES else ""
 
 
-def split_by_name(path: Path) -> Split:
-    """`test.jsonl`, `test-00000-of-00001.parquet` are test; the same for validation; all others are train."""
-    for split, names in SPLITS.items():
-        if re.match(rf"({names})([-_.]|$)", path.name.lower()):
-            return split
+def split_by_name(path: PurePath) -> Split:
+    """A file below `test/`, `test.jsonl`, `test-00000-of-00001.parquet` are test; validation likewise; else train."""
+    for part in path.parts:
+        for split, names in SPLITS.items():
+            if re.match(rf"({names})([-_.]|$)", part.lower()):
+                return split
     return "train"
 
 
-def read(path: Path, name: str) -> Iterator[Record]:
-    """Records of one file, in order; `name` is what reports call it. Memory is flat except for JSON arrays."""
+def read(path: Path, name: str) -> Iterator[Numbered]:
+    """Rows of one file, in order; `name` is what errors call it."""
+    from tasks.ingest import arrays, tables  # noqa: PLC0415  (they read through this module's `opened`)
+
+    readers = {".csv": tables.csv_rows, ".tsv": tables.csv_rows, ".parquet": tables.parquet_rows, ".json": arrays.rows}
+    with damage_told(path, name):
+        yield from readers.get(kind(path), lines)(path, name)
+
+
+@contextmanager
+def damage_told(path: Path, name: str) -> Iterator[None]:
+    """Errors of a file that cannot be read or decompressed become BadData."""
     try:
-        yield from _READERS[kind(path)](path, name)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadData(f"{name} is a damaged gzip file ({error}); compress it anew") from error
     except PermissionError as error:
         raise BadData(f"{name} cannot be read: {error}") from error
+    except OSError as error:
+        if path.suffix.lower() != ".zst":
+            raise
+        raise BadData(f"{name} is a damaged zstd file ({error}); compress it anew") from error
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+def opened(path: Path) -> IO[bytes]:
+    """The file's bytes, decompressed."""
+    if path.suffix.lower() == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if path.suffix.lower() == ".zst":
+        import io  # noqa: PLC0415
+
+        import pyarrow  # noqa: PLC0415  (0.2 s that other files do not need)
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), 1 << 20)
+    return path.open("rb", buffering=1 << 20)
 
 
-def _jsonl(path: Path, name: str) -> Iterator[Record]:
-    offset = 0
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            start, offset = offset, offset + len(line)
-            if number == 1:
-                _refuse_utf16(line, name)
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            line = line.strip()
-            if line:
-                yield _parsed(line, name, number, start)
+def is_lines(path: Path) -> bool:
+    """Whether rows are lines by the file's name, so that `line_blocks` reads it."""
+    return kind(path) in (".jsonl", ".ndjson")
 
 
-def _parsed(line: bytes, name: str, number: int, offset: int) -> Record:
-    try:
-        return Record(name, number, line.decode(), orjson.loads(line))
-    except UnicodeDecodeError as error:
-        at, byte = offset + error.start, line[error.start]
-        fault = f"not UTF-8: byte 0x{byte:02x} at offset {at} of the file; save it as UTF-8"
-        return Record(name, number, line.decode(errors="backslashreplace"), None, fault)
-    except orjson.JSONDecodeError as error:
-        return Record(name, number, line.decode(), None, f"not JSON: {error}")
+def lines(path: Path, name: str) -> Iterator[Numbered]:
+    """JSON lines; empty ones do not count as rows."""
+    for first, block in line_blocks(path, name, 1 << 18):
+        for number, line in enumerate(block.split(b"\n"), first):
+            if line and not line.isspace():
+                yield number, line
 
 
-def _json(path: Path, name: str) -> Iterator[Record]:
-    """A JSON array (or one object, or JSONL by another name); a broken element ends it, as nothing marks the next."""
-    with _open(path) as file:
-        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not head.startswith(b"["):
-        yield from _jsonl(path, name)
-        return
-    with _open(path) as file:
-        data = file.read()
-    _refuse_utf16(data, name)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadData(f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}") from error
-    yield from _elements(text, name)
+def line_blocks(path: Path, name: str, size: int) -> Iterator[tuple[int, bytes]]:
+    """Whole lines of about `size` bytes together, with the number of the first one."""
+    first = 1
+    with damage_told(path, name), opened(path) as file:
+        while block := file.read(size):
+            block += file.readline()
+            if first == 1:
+                refuse_utf16(block, name)
+                block = block.removeprefix(b"\xef\xbb\xbf")
+            yield first, block
+            first += block.count(b"\n")
 
 
-def _elements(text: str, name: str) -> Iterator[Record]:
-    decoder = json.JSONDecoder()
-    gap = re.compile(r"[\s,]*")
-    position, line, counted = text.index("[") + 1, 1, 0
-    while True:
-        position = gap.match(text, position).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, position), position
-        if text.startswith("]", position):
-            return
-        try:
-            _, end = decoder.raw_decode(text, position)
-        except ValueError as error:
-            yield Record(name, line, text[position : position + 200], None, f"not JSON, nor is what follows: {error}")
-            return
-        yield _parsed(text[position:end].encode(), name, line, position)
-        position = end
-
-
-def _csv(path: Path, name: str) -> Iterator[Record]:
-    csv.field_size_limit(1 << 30)
-    with _open(path) as file:
-        reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
-        try:
-            for row in reader:
-                yield Record(name, reader.line_num, json.dumps(row, ensure_ascii=False), row)
-        except UnicodeDecodeError as error:
-            raise BadData(
-                f"{name} is not UTF-8: byte 0x{error.object[error.start]:02x} after line {reader.line_num}; "
-                "save it as UTF-8"
-            ) from error
-        except csv.Error as error:
-            raise BadData(f"{name} is not CSV at line {reader.line_num}: {error}") from error
-
-
-def _parquet(path: Path, name: str) -> Iterator[Record]:
-    import polars  # noqa: PLC0415  (150 ms that JSONL does not need)
-
-    try:
-        frame = polars.scan_parquet(path)
-        count = frame.select(polars.len()).collect().item()
-        for start in range(0, count, BATCH):
-            for number, row in enumerate(frame.slice(start, BATCH).collect().iter_rows(named=True), start=start + 1):
-                yield Record(name, number, json.dumps(row, ensure_ascii=False, default=str), row)
-    except polars.exceptions.PolarsError as error:
-        raise BadData(f"{name} is not Parquet: {error}") from error
-
-
-def _refuse_utf16(start: bytes, name: str) -> None:
+def refuse_utf16(start: bytes, name: str) -> None:
+    """Raises BadData for a file that begins as UTF-16 does."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadData(f"{name} is UTF-16 (byte 0xff at offset 0); save it as UTF-8: iconv -f utf-16 -t utf-8")
-
-
-_READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}

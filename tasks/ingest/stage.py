@@ -1,152 +1,161 @@
-"""First pass: every record becomes a canonical line in a scratch file and one line of numbers in memory.
+"""First pass: every row becomes a canonical line in a scratch file and 35 bytes of numbers in memory.
 
-The numbers (hashes, lengths: about 60 bytes a row) are what `tasks.ingest.verdict` decides on, for all rows at once.
+Files are read here, cut into blocks, and worked on by a process a core; what comes back is in file order.
 """
 
-import json
-from array import array
-from collections.abc import Iterator
-from hashlib import blake2b
-from itertools import chain, islice
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple, cast
 
+import numpy as np
 import orjson
+import polars as pl
 
 from tasks.core.errors import BadData
 from tasks.core.job import Job
-from tasks.core.rows import Message
+from tasks.core.parent import die_with_parent
 from tasks.ingest import IngestConfig
-from tasks.ingest.read import Record, Split, data_files, read
-from tasks.ingest.shapes import recognise, to_messages
+from tasks.ingest.block import Block, Done, Rules, stage_block
+from tasks.ingest.canonical import Kinds
+from tasks.ingest.diagnose import what_is_wrong
+from tasks.ingest.read import Split, Unreadable, data_files, is_lines, line_blocks, read
+from tasks.ingest.shapes import recognise
 
 SAMPLE = 200
-EVERY = 5000
+BLOCK_BYTES, BLOCK_ROWS = 4 << 20, 5000
+ALONE_BYTES = 32 << 20  # less than this is done before workers have started
+MOST_WORKERS = 8
+# What RECORD packs, as numpy reads it.
+COLUMNS = np.dtype([("file", "<u2"), ("line", "<u4"), ("question", "<u8"), ("answer", "<u8"), ("kind", "<u4"),
+                    ("is_object", "u1"), ("prompt_chars", "<u4"), ("answer_chars", "<u4"),
+                    ("bytes", "<u4")])  # fmt: skip
 
 
 class Staged(NamedTuple):
-    """What the first pass found. `columns` has an entry a good row, in file order; hashes are unsigned 64-bit.
-
-    `file` indexes `files`; `prompt` hashes the question, `answer` the answer (for JSON: its meaning, not its
-    spacing); `draw` decides the split; `is_object` is 1 when the answer is a JSON object.
-    """
+    """What the first pass found: `rows` has a row of numbers a good row, in file order; `lines` their files' paths."""
 
     files: list[tuple[str, Split]]
     shapes: dict[str, str]
-    columns: dict[str, "array[int]"]
+    rows: pl.DataFrame
+    lines: list[Path]
+    kinds: Kinds
     faults: int
     passed_over: list[str]
 
 
-COLUMNS = ("file", "line", "prompt", "answer", "draw", "is_object", "prompt_chars", "answer_chars")
-
-
-def stage_rows(config: IngestConfig, files: Path, staged: Path, quarantine: IO[str], job: Job) -> Staged:
-    """Reads all files; good rows go to `staged`, faulty ones to `quarantine` with their reason."""
+def stage_rows(config: IngestConfig, files: Path, staged: Path, quarantine: IO[bytes], job: Job) -> Staged:
+    """Reads all files; good rows go to files in `staged`, faulty ones to `quarantine` with their reason."""
     paths, passed_over = data_files(files)
+    if len(paths) > 1 << 16:
+        raise BadData(f"{len(paths)} files are more than {1 << 16}; put several into one")
     root = files if files.is_dir() else files.parent
     names = [(str(path.relative_to(root)), split) for path, split in paths]
-    total, done = sum(path.stat().st_size for path, _ in paths), 0
-    columns = {name: array("Q") for name in COLUMNS}
-    result = Staged(names, {}, columns, 0, [str(path.relative_to(root)) for path in passed_over])
-    faults = 0
-    with staged.open("w", encoding="utf-8") as out:
-        for index, (path, _) in enumerate(paths):
-            name = names[index][0]
-            if not path.stat().st_size:
-                raise BadData(f"{name} is empty (0 bytes); give a file with rows, or take it away")
-            count = 0
-            for record in _shaped(config, path, name, result.shapes):
-                count += 1
-                if count % EVERY == 0:
-                    job.progress(done, total, "bytes", f"{name}: {count} rows")
-                faults += not _stage(config, record, result.shapes[name], index, columns, out, quarantine)
-            if not count:
-                raise BadData(f"{name} holds no rows; give a file with rows, or take it away")
-            done += path.stat().st_size
-            job.progress(done, total, "bytes", f"{name}: {count} rows")
-    return result._replace(faults=faults)
+    sizes = [path.stat().st_size for path, _ in paths]
+    for (name, _), size in zip(names, sizes, strict=True):
+        if not size:
+            raise BadData(f"{name} is empty (0 bytes); give a file with rows, or take it away")
+    shapes: dict[str, str] = {}
+    blocks = _blocks(config, [path for path, _ in paths], [name for name, _ in names], shapes)
+    staged.mkdir()
+    kinds, records, faults, written = Kinds(), bytearray(), 0, list[Path]()
+    for number, (block, done) in enumerate(_worked(blocks, staged, sum(sizes))):
+        written.append(staged / f"{number:06}")
+        quarantine.write(done.quarantine)
+        records += _renumbered(done, kinds)
+        faults += done.faults
+        if number % 8 == 0:
+            job.progress(block.done, sum(sizes), "bytes", f"{block.name}: line {block.first}")
+    job.progress(sum(sizes), sum(sizes), "bytes", "read")
+    table = np.frombuffer(records, COLUMNS)
+    rows = pl.DataFrame({name: pl.Series(name, np.ascontiguousarray(table[name])) for name in COLUMNS.names or ()})
+    return Staged(names, shapes, rows, written, kinds, faults, [str(path.relative_to(root)) for path in passed_over])
 
 
-def _shaped(config: IngestConfig, path: Path, name: str, shapes: dict[str, str]) -> Iterator[Record]:
-    records = read(path, name)
-    head = list(islice(records, SAMPLE))
-    if head and config.format == "auto":
-        _refuse_unreadable(head, name)
-        shapes[name] = recognise((record.value for record in head), name)
-    else:
-        shapes[name] = config.format
-    return chain(head, records)
+def _renumbered(done: Done, kinds: Kinds) -> bytes:
+    """The block's records with the whole dataset's numbers of kinds."""
+    places = np.array([kinds.number(kind) for kind in done.kinds], dtype="<u4")
+    if len(places) == 1:
+        return done.records
+    table = np.frombuffer(bytearray(done.records), COLUMNS)
+    table["kind"] = places[table["kind"]]
+    return table.tobytes()
 
 
-def _refuse_unreadable(head: list[Record], name: str) -> None:
-    if all(record.fault for record in head):
-        raise BadData(f"{name}: none of the first {len(head)} rows can be read; line {head[0].line} is {head[0].fault}")
+def _worked(blocks: Iterator[Block], staged: Path, size: int) -> Iterator[tuple[Block, Done]]:
+    """Every block with what a worker made of it, in order."""
+    places = (staged / f"{number:06}" for number in range(1 << 30))
+    workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    if size < ALONE_BYTES or workers < 2:
+        yield from ((block, stage_block(block, place)) for block, place in zip(blocks, places, strict=False))
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _follow, (os.getpid(),)) as pool:
+        waiting: deque[tuple[Block, Future[Done]]] = deque()
+        try:
+            for block, place in zip(blocks, places, strict=False):
+                waiting.append((block._replace(rows=b""), pool.submit(stage_block, block, place)))
+                if len(waiting) > workers + 2:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _stage(
-    config: IngestConfig,
-    record: Record,
-    shape: str,
-    file: int,
-    columns: dict[str, "array[int]"],
-    out: IO[str],
-    quarantine: IO[str],
-) -> bool:
-    """True when the row is good. A staged line is the canonical row, a tab (JSON has none), and the raw text."""
-    if record.fault:
-        write_quarantine(quarantine, record, record.fault)
-        return False
+def _follow(parent: int) -> None:
+    """A worker dies with us."""
+    os.environ["STILLHOUSE_PARENT"] = str(parent)
+    die_with_parent()
+
+
+def _blocks(config: IngestConfig, paths: list[Path], names: list[str], shapes: dict[str, str]) -> Iterator[Block]:
+    """The files' rows in blocks; a file's shape is known (and kept in `shapes`) when its first block is."""
+    salt, learn_all = b"%d\n" % config.seed, config.learn_turns == "all"
+    before = 0
+    for file, (path, name) in enumerate(zip(paths, names, strict=True)):
+        read_of_it, size = 0, path.stat().st_size
+        shapes[name] = _shape(config, path, name)
+        rules = Rules(shapes[name], config.system_prompt, salt, learn_all)
+        if is_lines(path):
+            for first, data in line_blocks(path, name, BLOCK_BYTES):
+                yield Block(file, name, rules, first, data, before + min(read_of_it, size))
+                read_of_it += len(data)
+        else:
+            rows = read(path, name)
+            while some := list(islice(rows, BLOCK_ROWS)):
+                yield Block(file, name, rules, some[0][0], some, before)
+        before += size
+
+
+def _shape(config: IngestConfig, path: Path, name: str) -> str:
+    head = list(islice(read(path, name), SAMPLE))
+    if not head:
+        raise BadData(f"{name} holds no rows; give a file with rows, or take it away")
+    if config.format != "auto":
+        return config.format
+    values = [_value(data) for _, data in head]
+    if all(isinstance(value, Unreadable) for value in values):
+        line, first = head[0][0], cast(Unreadable, values[0])
+        raise BadData(f"{name}: none of the first {len(head)} rows can be read; line {line} is {first.reason}")
+    return recognise(values, name)
+
+
+def _value(data: object) -> object:
+    if not isinstance(data, bytes):
+        return data
     try:
-        messages = to_messages(record.value, shape, config.system_prompt)
-    except ValueError as error:
-        write_quarantine(quarantine, record, str(error))
-        return False
-    parsed = json_object(messages[-1].content)
-    intent = parsed.get("intent") if parsed is not None else None
-    row = {"messages": [message.model_dump() for message in messages], "intent": intent if _is_intent(intent) else None}
-    out.write(json.dumps(row, ensure_ascii=False) + "\t" + record.raw.replace("\n", " ") + "\n")
-    question = _question(messages)
-    answer = messages[-1].content.strip() if parsed is None else json.dumps(parsed, sort_keys=True)
-    values = (
-        file,
-        record.line,
-        _hash(question),
-        _hash(answer),
-        _hash(f"{config.seed}\n{question}"),
-        parsed is not None,
-        sum(len(message.content) for message in messages[:-1]),
-        len(messages[-1].content),
-    )
-    for name, value in zip(COLUMNS, values, strict=True):
-        columns[name].append(value)
-    return True
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    """`text` as a JSON object, None when it is not one."""
-    if not text.lstrip().startswith("{"):
-        return None
-    try:
-        value = orjson.loads(text)
+        return orjson.loads(data)
     except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
+        return Unreadable(what_is_wrong(data), "")
 
 
-def write_quarantine(file: IO[str], record: Record, reason: str) -> None:
-    """One line of quarantine.jsonl."""
-    line = {"file": record.file, "line": record.line, "reason": reason, "raw": record.raw}
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _is_intent(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-def _question(messages: list[Message]) -> str:
-    return json.dumps([(message.role, message.content.strip()) for message in messages[:-1]], ensure_ascii=False)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+def staged_lines(lines: Iterable[Path]) -> Iterator[bytes]:
+    """The canonical lines of the first pass, in order."""
+    for path in lines:
+        with path.open("rb", buffering=1 << 20) as file:
+            yield from file

@@ -1,100 +1,110 @@
-"""What becomes of each row: a split, or quarantine with a reason. Decided for all rows at once from their hashes.
+"""What becomes of each row: a split, or quarantine with a reason. Decided on columns, for all rows at once."""
 
-A row's split follows from its question and the seed alone (its 64-bit hash below a threshold), so that it stays where
-it is when rows are added, and equal questions stay together.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import polars as pl
 
 from tasks.ingest import IngestConfig
+from tasks.ingest.canonical import Kinds
+from tasks.ingest.schema import Schema, infer
+from tasks.ingest.split import draw_splits
 from tasks.ingest.stage import Staged
 
 MOST = 0.5
 """Answers are taken for JSON objects when more than this share of them are."""
+
+Faults = pl.DataFrame  # row, fault (its name), other (the row that it collides with, or null)
+FAULTY = ("not_json", "schema", "over_long", "conflict")
+"""Faults that count towards `max_quarantined_fraction`; the others are rows that would be good alone."""
 
 
 def answers_kind(config: IngestConfig, staged: Staged) -> Literal["json", "text"]:
     """`json` when the config says so or most answers are JSON objects."""
     if config.answers != "auto":
         return config.answers
-    objects = staged.columns["is_object"]
-    return "json" if sum(objects) > MOST * len(objects) else "text"
+    return "json" if (staged.rows["is_object"].mean() or 0) > MOST else "text"  # type: ignore[operator]
 
 
-def verdicts(config: IngestConfig, staged: Staged) -> pl.DataFrame:
-    """One row a staged row, in order: the staged columns, `split`, `fault` (null when good) and `other`.
+def answer_schema(config: IngestConfig, staged: Staged) -> Schema | None:
+    """What the JSON answers have in common."""
+    counts = staged.rows.group_by("kind").len()
+    return infer(staged.kinds, dict(counts.iter_rows()), config.schema_share)
 
-    `fault` is `not_json`, `leak`, `duplicate` or `conflict`; `other` the index of the row that it collides with.
+
+def answer_faults(
+    rows: pl.DataFrame, kinds: Kinds, schema: Schema | None, is_json: bool
+) -> tuple[Faults, Mapping[int, str]]:
+    """Rows whose answer should be a JSON object and is none, or not of the schema; the latter's reasons by kind."""
+    reasons: dict[int, str] = {}
+    for number, kind in enumerate(kinds.all):
+        if schema and kind.signature is not None:
+            empty = not kind.intent and ("intent", "a string", None) in kind.signature
+            if reason := schema.fault(kind.signature) or ("the answer's 'intent' is empty" if empty else None):
+                reasons[number] = reason
+    not_json = rows.filter((pl.col("is_object") == 0) & is_json).select("row", fault=pl.lit("not_json"), other=NOBODY)
+    odd = rows.filter(pl.col("kind").is_in(list(reasons))).select("row", fault=pl.lit("schema"), other=NOBODY)
+    return pl.concat([not_json, odd]), reasons
+
+
+NOBODY = pl.lit(None, pl.UInt32)
+
+
+def split_and_compare(
+    config: IngestConfig, rows: pl.DataFrame, given: Mapping[int, str], intents: Mapping[int, int], is_json: bool
+) -> tuple[pl.DataFrame, Faults]:
+    """`rows` with their `split`; those that must not stay because of others: leaks, duplicates, conflicts.
+
+    `rows` are good so far and have `group`: a hash that equal (or almost equal) questions share. `given` is the split
+    that a file's name says, `intents` the number of a kind's intent.
     """
-    json_answers = answers_kind(config, staged) == "json"
-    given = [split for _, split in staged.files]
-    frame = pl.DataFrame({name: pl.Series(name, column, pl.UInt64) for name, column in staged.columns.items()})
-    frame = frame.with_row_index("row").with_columns(
-        pl.col("file").replace_strict(dict(enumerate(given)), return_dtype=pl.String).alias("given")
-    )
-    frame = frame.with_columns(_split(config, given).alias("split"))
-    good = frame.filter(pl.col("is_object") == 1) if json_answers else frame
-    leaks = _leaks(good)
-    good = good.join(leaks, on="row", how="anti")
-    twins = ["split", "prompt", "answer"]
-    duplicates = good.select("row", pl.col("row").min().over(twins).alias("other")).filter(
-        pl.col("row") != pl.col("other")
-    )
-    conflicts = _conflicts(good)
-    found = [leaks.with_columns(fault=pl.lit("leak"))]
+    rows = draw_splits(config, rows, given, intents)
+    leaks = _leaks(rows)
+    left = rows.join(leaks, on="row", how="anti", maintain_order="left")
+    found = [leaks]
     if config.drop_duplicates:
-        found.append(duplicates.with_columns(fault=pl.lit("duplicate")))
-        conflicts = conflicts.join(duplicates, on="row", how="anti")
-    if json_answers:
-        found.append(conflicts.with_columns(fault=pl.lit("conflict")))
-    faults = pl.concat(found).unique("row", keep="first", maintain_order=True)
-    frame = frame.join(faults, on="row", how="left", maintain_order="left")
-    if json_answers:
-        frame = frame.with_columns(
-            pl.when(pl.col("is_object") == 0).then(pl.lit("not_json")).otherwise(pl.col("fault")).alias("fault")
-        )
-    return frame
+        found.append(_duplicates(left, "question", "duplicate"))
+        left = left.join(found[-1], on="row", how="anti", maintain_order="left")
+    if config.near_duplicates == "drop":
+        found.append(_duplicates(left, "group", "near_duplicate"))
+        left = left.join(found[-1], on="row", how="anti", maintain_order="left")
+    if is_json:
+        found.append(_conflicts(left))
+    return rows, pl.concat(found)
 
 
-def conflicting_rows(frame: pl.DataFrame) -> int:
-    """Good rows whose question another good row of the split answers otherwise (kept for free text only)."""
-    return _conflicts(frame.filter(pl.col("fault").is_null())).height
+def count_conflicts(rows: pl.DataFrame, key: str) -> int:
+    """Rows whose `key` (question, or group of almost equal ones) another row of the split answers otherwise."""
+    several = repeated(rows, key).select(key, "split", "answer")
+    return several.filter(pl.col("answer").n_unique().over(key, "split") > 1).height
 
 
-def _split(config: IngestConfig, given: Sequence[str]) -> pl.Expr:
-    """Rows of train files are drawn to the splits for which no file was given."""
-    shares = {"test": config.test_fraction, "validation": config.validation_fraction}
-    bounds: Mapping[str, float] = {name: share for name, share in shares.items() if name not in given}
-    draw, low = pl.col("draw").cast(pl.Float64) / 2**64, 0.0
-    split = pl.col("given")
-    for name, share in bounds.items():
-        split = (
-            pl.when((pl.col("given") == "train") & (draw >= low) & (draw < low + share))
-            .then(pl.lit(name))
-            .otherwise(split)
-        )
-        low += share
-    return split
+def repeated(rows: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Rows whose `key` occurs more than once: few, so that what follows costs little."""
+    return rows.filter(pl.col(key).is_duplicated())
 
 
-def _leaks(good: pl.DataFrame) -> pl.DataFrame:
+def _leaks(rows: pl.DataFrame) -> Faults:
     """Rows of train or validation whose question stands in a split further right: that side keeps it."""
     order = {"train": 0, "validation": 1, "test": 2}
-    ranked = good.select("row", "prompt", pl.col("split").replace_strict(order, return_dtype=pl.Int8).alias("rank"))
-    top = pl.col("rank").max().over("prompt")
-    first = pl.col("row").sort_by("rank", descending=True, maintain_order=True).first().over("prompt")
-    return ranked.with_columns(other=first, top=top).filter(pl.col("rank") < pl.col("top")).select("row", "other")
+    rank = pl.col("split").replace_strict(order, return_dtype=pl.Int8)
+    ranked = repeated(rows, "group").select("row", "group", rank.alias("rank"))
+    top = pl.col("rank").max().over("group")
+    first = pl.col("row").sort_by("rank", descending=True, maintain_order=True).first().over("group")
+    found = ranked.with_columns(other=first, top=top).filter(pl.col("rank") < pl.col("top"))
+    return found.select("row", fault=pl.lit("leak"), other="other")
 
 
-def _conflicts(good: pl.DataFrame) -> pl.DataFrame:
+def _duplicates(rows: pl.DataFrame, key: str, fault: str) -> Faults:
+    several = repeated(rows, key).select("row", other=pl.col("row").min().over("split", key, "answer"))
+    return several.filter(pl.col("row") != pl.col("other")).select("row", fault=pl.lit(fault), other="other")
+
+
+def _conflicts(rows: pl.DataFrame) -> Faults:
     """Rows whose question has two different answers in the split; `other` is one that is answered otherwise."""
-    key = ["split", "prompt"]
-    several = good.filter(pl.col("answer").n_unique().over(key) > 1)
-    first = pl.col("row").first().over(key)
-    first_answer = pl.col("answer").first().over(key)
+    key = ["split", "question"]
+    several = repeated(rows, "question").filter(pl.col("answer").n_unique().over(key) > 1)
+    first, first_answer = pl.col("row").first().over(key), pl.col("answer").first().over(key)
     other_row = pl.col("row").filter(pl.col("answer") != pl.col("answer").first()).first().over(key)
     other = pl.when(pl.col("answer") == first_answer).then(other_row).otherwise(first)
-    return several.select("row", other.alias("other"))
+    return several.select("row", fault=pl.lit("conflict"), other=other)

@@ -1,12 +1,19 @@
+import json
+import urllib.request
+from importlib.resources import files
+from typing import Any
+
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tasks.core.errors import BadConfig
+from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
-from tasks.engine.chat import IGNORE, encode, end_ids, prompt_ids, turn_end
+from tasks.engine.chat import IGNORE, count_tokens, encode, end_ids, prompt_ids, turn_end
 from tasks.engine.load import load_tokenizer
-from tests.pico import CHAT_TEMPLATE, pico_tokenizer
+from tests.pico import CHAT_TEMPLATE, PICO_TEXT, pico_model, pico_tokenizer
 
 ROW = Row(
     messages=[
@@ -56,7 +63,7 @@ def test_a_template_without_end_of_turn_gets_eos(tokenizer):
 
 def test_a_prompt_that_is_no_prefix_is_refused(tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE.replace("'<start_of_turn>model\n' }}{% endif", "'<think>' }}{% endif")
-    with pytest.raises(ValueError, match="not a prefix of the conversation: they part at token"):
+    with pytest.raises(ValueError, match="not a prefix of the conversation: they part behind .*<end_of_turn>"):
         encode(tokenizer, ROW)
 
 
@@ -69,3 +76,124 @@ def test_a_base_model_without_template_says_what_to_set(tokenizer, directory):
     assert encode(gemma, turns) == encode(load_tokenizer(ModelDir(directory)), turns)
     written = "<start_of_turn>user\nAnswer with JSON.\n\nClose audit 17.<end_of_turn>\n<start_of_turn>model\n"
     assert tokenizer.decode(prompt_ids(gemma, ROW.prompt)) == "<bos>" + written
+
+
+def template(name: str) -> str:
+    """A model's own chat template, as TRL carries it."""
+    return files("trl").joinpath(f"chat_templates/{name}.jinja").read_text(encoding="utf-8")
+
+
+def gemma_3n() -> str:
+    """Gemma 3's, but for how pictures and sounds are marked."""
+    image = "{%- if item['type'] == 'image' -%}\n                {{ '<start_of_image>' }}"
+    audio = "{%- if item['type'] == 'audio' -%}{{ '<audio_soft_token>' }}{%- elif item['type'] == 'image' -%}"
+    found = template("gemma3").replace(image, audio + "{{ '<image_soft_token>' }}")
+    assert "audio_soft_token" in found
+    return found
+
+
+def byte_level(name: str, special: list[str], bos: str | None, eos: str) -> PreTrainedTokenizerBase:
+    """A small byte-level BPE tokenizer, as Llama's and Qwen's are; one with a BOS writes it itself, as Llama's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([PICO_TEXT.replace("\n", "\n\n")] * 3, trainer)
+    if bos:
+        pair = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=pair)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+    fast.chat_template = template(name)
+    return fast
+
+
+@pytest.fixture(params=["gemma-3", "gemma-3n", "llama-3", "qwen-2.5"])
+def chat_tokenizer(request, tokenizer) -> PreTrainedTokenizerBase:
+    if request.param == "llama-3":
+        marks = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+        return byte_level("llama3", marks, marks[0], marks[-1])
+    if request.param == "qwen-2.5":
+        return byte_level("qwen2_5", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>")
+    tokenizer.chat_template = template("gemma3") if request.param == "gemma-3" else gemma_3n()
+    return tokenizer
+
+
+TALK = [
+    Message(role="system", content="Answer with JSON."),
+    Message(role="user", content="Close audit 17."),
+    Message(role="assistant", content='{"audit": "17"}'),
+    Message(role="user", content="And the valve?"),
+    Message(role="assistant", content='{"valve": "red"}\n\n{"line": 4}'),
+]
+LABELS = [(None, [4]), ([2, 4], [2, 4]), ([2], [2])]
+
+
+@pytest.mark.parametrize(("labels", "learnt"), LABELS)
+def test_labels_are_on_the_assistants_tokens_only(chat_tokenizer, labels, learnt):
+    """Every label is an answer or its end of turn, and stands where generation of that answer would begin."""
+    row = Row(messages=TALK, labels=labels)
+    example = encode(chat_tokenizer, row)
+    end = chat_tokenizer.convert_ids_to_tokens(turn_end(chat_tokenizer))
+    said = chat_tokenizer.decode(example.answer_ids, skip_special_tokens=False)
+    assert said == "".join(TALK[place].content + end for place in learnt)
+    for place in learnt:
+        prompt = prompt_ids(chat_tokenizer, [message.model_dump() for message in TALK[:place]])
+        assert example.input_ids[: len(prompt)] == prompt
+        assert example.labels[len(prompt) - 1] == IGNORE and example.labels[len(prompt)] != IGNORE
+    assert count_tokens(chat_tokenizer, [row, ROW]) == [
+        len(example.input_ids),
+        len(encode(chat_tokenizer, ROW).input_ids),
+    ]
+
+
+def test_bos_is_never_doubled(chat_tokenizer):
+    """Llama's tokenizer and template each write one, Qwen has none: training and generation agree, and have one."""
+    ids = encode(chat_tokenizer, ROW).input_ids
+    bos = chat_tokenizer.bos_token_id
+    assert ids.count(bos) == (bos is not None) and (bos is None or ids[0] == bos)
+    generated = chat_tokenizer.apply_chat_template(ROW.prompt, add_generation_prompt=True, return_dict=False)
+    assert generated == prompt_ids(chat_tokenizer, ROW.prompt) == ids[: len(generated)]
+
+
+def test_an_answer_that_starts_with_a_line_break_is_learnt_as_generation_meets_it():
+    """Qwen's opening ends in a line break, and two of them are one token: a whole text would hide the border."""
+    tokenizer = byte_level("qwen2_5", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>")
+    assert len(tokenizer("\n\n")["input_ids"]) == 1
+    row = Row(messages=[Message(role="user", content="Why?"), Message(role="assistant", content="\nBecause.")])
+    example, prompt = encode(tokenizer, row), prompt_ids(tokenizer, row.prompt)
+    assert example.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(example.answer_ids) == "\nBecause.<|im_end|>"
+
+
+def test_training_generation_and_llama_cpp_see_the_same_ids(tmp_path):
+    """A pico Gemma 3 with Gemma 3's template: what is learnt, Hugging Face's prompt, and that of llama.cpp's server."""
+    from tasks.gguf.convert import converting
+    from tasks.gguf.server import llama_server
+
+    model = pico_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template("gemma3")
+    tokenizer.save_pretrained(model)
+    with converting(model, "pico", Job(tmp_path / "work")) as conversion:
+        conversion.write(conversion.plan(conversion.skeleton.wanted("BF16")), tmp_path / "model.gguf")
+    with llama_server(tmp_path / "model.gguf", tmp_path / "log", context=512) as server:
+
+        def post(route: str, **body: Any) -> Any:
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
+            request = urllib.request.Request(server.url + route, json.dumps(body).encode(), headers)
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
+                return json.load(response)
+
+        for row in (ROW, Row(messages=TALK)):
+            trained = encode(tokenizer, row)
+            text = post("/apply-template", messages=row.prompt)["prompt"]
+            served = post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+            chat = post("/v1/chat/completions", messages=row.prompt, max_tokens=1)
+            generated = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False)
+            assert served == generated == trained.input_ids[: len(served)] == prompt_ids(tokenizer, row.prompt)
+            assert chat["usage"]["prompt_tokens"] == len(served) and served.count(tokenizer.bos_token_id) == 1
+            answer = post("/tokenize", content=row.answer + "<end_of_turn>", add_special=False, parse_special=True)
+            assert answer["tokens"] == trained.answer_ids

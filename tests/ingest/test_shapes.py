@@ -1,0 +1,141 @@
+"""Files and shapes beyond the plain ones, and what rows become."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+
+from tasks.core.errors import BadData
+from tasks.ingest import stage
+from tests.ingest.conftest import Ran, intent_row, text_rows
+
+Go = Callable[..., Ran]
+
+
+def as_lines(rows: list[Any]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+def test_more_kinds_of_files_give_the_same_rows(go: Go, tmp_path: Path) -> None:
+    rows = text_rows(80)
+    table = "".join(f"{row['question']}\t{row['answer']}\n" for row in rows)
+    semicolons = "".join(f'"{row["question"]}";"{row["answer"]}"\r\n' for row in rows)
+    kinds = {
+        "a.jsonl": b"\xef\xbb\xbf" + as_lines(rows).replace(b"\n", b"\r\n\n"),
+        "a.jsonl.zst": bytes(pyarrow.compress(as_lines(rows), "zstd", asbytes=True)),
+        "a.ndjson": as_lines(rows),
+        "a.tsv": b"question\tanswer\n" + table.encode(),
+        "a.csv": b"question;answer\r\n" + semicolons.encode(),
+        "wrapped.json": json.dumps({"data": rows}, indent=1).encode(),
+        "lines.json": as_lines(rows),
+    }
+    found = set()
+    for name, data in kinds.items():
+        (tmp_path / name).write_bytes(data)
+        found.add((go(tmp_path / name).out / "train.jsonl").read_bytes())
+    assert len(found) == 1
+
+
+def test_a_long_json_array_is_read_piece_by_piece(go: Go, tmp_path: Path) -> None:
+    """Elements cross the borders of pieces, in the middle of letters of several bytes too."""
+    rows = [{"question": f"Größe {n} 漢字 🔧 " + "x" * 4000, "answer": f"№ {n}"} for n in range(600)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
+    ran = go(tmp_path / "a.json")
+    assert set(ran.sides()) == {row["question"] for row in rows}
+    bad = (tmp_path / "a.json").read_bytes().replace("漢".encode(), b"\xff", 1)
+    (tmp_path / "b.json").write_bytes(bad)
+    (line,) = go(tmp_path / "b.json").quarantine()
+    assert line["line"] == 2 and line["reason"].startswith("not UTF-8: byte 0xff")
+
+
+def test_workers_make_what_one_process_makes(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Any] = [intent_row(n, ("close_audit", "report_issue")[n % 2]) for n in range(9000)]
+    rows[17] = {"instruction": "no answer"}
+    alone = go(rows)
+    monkeypatch.setattr(stage, "ALONE_BYTES", 0)
+    monkeypatch.setattr(stage, "BLOCK_BYTES", 200_000)
+    workers = go(rows)
+    for name in ("train.jsonl", "test.jsonl", "calibration.jsonl", "quarantine.jsonl", "profile.json"):
+        assert (workers.out / name).read_bytes() == (alone.out / name).read_bytes(), name
+
+
+def talk(number: int, **last: Any) -> dict[str, Any]:
+    turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")]
+    messages: list[dict[str, Any]] = [{"role": role, "content": f"{text} {number}"} for role, text in turns]
+    messages[-1] |= last
+    return {"messages": messages}
+
+
+def test_labels_of_conversations(go: Go) -> None:
+    rows = [talk(number) for number in range(60)]
+    rows[1] = talk(1, weight=0)
+    rows[2] = {"messages": talk(2)["messages"][:2]}
+    ran = go(rows, test_fraction=0.2)
+    labels = {row.messages[0].content: row.labels for row in ran.all()}
+    assert labels.pop("Q 1") == [1] and labels.pop("Q 2") is None
+    assert set(map(str, labels.values())) == {"[1, 3]"}
+    last = go(rows, learn_turns="last")
+    assert [line["reason"] for line in last.quarantine()] == [
+        "no message is to be learnt: the assistant's have weight 0"
+    ]
+    assert all(row.labels is None for row in last.rows("train"))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, {"from": "gpt", "value": "A"}]},
+            "Q",
+        ),
+        ({"conversations": json.dumps([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}])}, "Q"),
+        ({"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "S"),
+    ],
+)
+def test_variants_of_messages(go: Go, row: dict[str, Any], expected: str) -> None:
+    shape = "messages" if "messages" in row else "conversations"
+    others = [{shape: [{"from": "human", "value": f"Q{n}"}, {"from": "gpt", "value": "A"}]} for n in range(60)]
+    ran = go([row, *others])
+    assert any(one.messages[0].content == expected for one in ran.all())
+
+
+def test_the_schema_is_inferred_and_can_be_loosened(go: Go) -> None:
+    rows = [intent_row(n, ("close_audit", "report_issue")[n % 2]) for n in range(100)]
+    rows[5]["output"] = json.dumps({"intent": "close_audit"})
+    ran = go(rows)
+    assert ran.profile()["schema"] == {
+        "type": "object",
+        "properties": {
+            "entities": {"type": "object", "properties": {"audit": {"type": "string"}}},
+            "intent": {"type": "string", "enum": ["close_audit", "report_issue"]},
+        },
+        "required": ["entities", "intent"],
+    }
+    (line,) = ran.quarantine()
+    assert line["reason"] == "the answer lacks 'entities', which 99 of 100 answers have"
+    assert go(rows, schema_share=1).quarantine() == []
+
+
+def test_intents_that_are_rare_uneven_or_spelt_twice_are_told(go: Go) -> None:
+    rows = [intent_row(n, "close_audit") for n in range(400)] + [intent_row(n, "Close-Audit") for n in range(6)]
+    warnings = " ".join(go(rows).report.warnings)
+    assert "have fewer than 10 training rows: Close-Audit" in warnings
+    assert "Intents are uneven" in warnings and "differ in spelling only: 'Close-Audit', 'close_audit'" in warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.csv", b"\n", "has no header"),
+        ("a.csv", b"question,question\na,b\n", "the header names 'question' twice"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfdnonsense", "damaged zstd file"),
+        ("a.json", b'{\n"question": "a",\n', "give one object a line (JSONL), or an array of objects"),
+    ],
+)
+def test_more_unusable_files(go: Go, tmp_path: Path, name: str, data: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BadData, match=said.replace("(", r"\(").replace(")", r"\)")):
+        go(tmp_path / name)
