@@ -24,7 +24,29 @@ class EvaluateConfig(StageConfig):
     """CPU threads; by default half of the CPUs, for threads that wait for each other on a busy machine are slow."""
 
     warmup_rows: int = Field(default=4, ge=0)
-    """Rows answered once before the clock starts, so that tokens_per_second leaves out what happens only once."""
+    """Rows answered once before the clock starts, so that speeds leave out what happens only once."""
+
+    four_bit: bool = False
+    """Load the Hugging Face model in 4 bits (NF4, bitsandbytes), as QLoRA trains on it; a GGUF file is as it is."""
+
+    stop_at_json: bool = False
+    """End an answer where it is a whole JSON object, as a client that parses would; else only the model ends it."""
+
+    constrained_rows: int = Field(default=0, ge=0)
+    """So many rows are asked a second time, held to the JSON schema of the training answers: what does it buy?"""
+
+    latency_rows: int = Field(default=16, ge=0)
+    """So many rows are asked one at a time, for the time to the first token and to the whole answer."""
+
+    perplexity_rows: int = Field(default=128, ge=0)
+    """Held-out rows whose expected answers' perplexity is measured; 0 measures none."""
+
+    text_tokens: int = Field(default=8192, ge=0)
+    """Tokens of general text (the `text` input) whose perplexity shows what the model forgot; 0 measures none."""
+
+    metric: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
+    """A metric of your own, `module:function`: called with (question, expected, answer) for each row, gives a number.
+    The cache does not see its code: rename it when it changes."""
 
     mistakes: int = Field(default=20, ge=0)
     """Wrong answers shown in the report."""

@@ -1,78 +1,107 @@
-"""Greedy answers from a Hugging Face model: batches of like length, padded on the left, stopped at end of turn."""
+"""Answers from a Hugging Face model: base, adapter, merged, or in 4 bits."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tasks.engine.batches import collate, to_device
+from tasks.engine.chat import IGNORE, Example
+from tasks.engine.head import head_of, hidden_states, unwrap
 from tasks.engine.load import load_model
-from tasks.evaluate.asked import Answered, Asked, cut
+from tasks.engine.losses import cross_entropy
+from tasks.evaluate.asked import Answered, Asked, Latency, Loss, Schema, Text, cut
+from tasks.evaluate.constrain import SchemaGuide
+from tasks.evaluate.decode import NotFinite, decode, decode_alone
+from tasks.evaluate.parameters import model_statistics
+
+LOSS_TOKENS = 4096
+"""Tokens of a forward pass for the perplexity, padding included."""
 
 
-class FiniteLogits(LogitsProcessor):
-    """Remembers on the device which rows ever had NaN or infinite logits: one look a batch, not one a token."""
+class HfEngine:
+    """A `tasks.evaluate.asked.Engine` on a loaded model."""
 
-    def __init__(self) -> None:
-        self.broken: torch.Tensor | None = None
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Asked, slots: int, job: Job
+    ) -> None:
+        self.model, self.tokenizer, self.asked, self.slots, self.job = model, tokenizer, asked, slots, job
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Passes `scores` [rows, vocabulary] on as they are."""
-        now = ~(scores.amax(-1).isfinite() & scores.amin(-1).isfinite())
-        self.broken = now if self.broken is None else self.broken | now
-        return scores
+    def answer(self, places: Sequence[int], schema: Schema | None = None) -> Answered:
+        """All prompts, in `slots` slots that are filled again as rows end."""
+        guide = None
+        if schema is not None:
+            width = self.model.config.get_text_config().vocab_size
+            guide = SchemaGuide(self.tokenizer, schema, self.asked, width)
+        answers: dict[int, list[int]] = {}
+        generated, start = 0, time.perf_counter()
+        with self._finite():
+            for place, ids in decode(self.model, self.asked, places, self.slots, guide):
+                answers[place] = cut(ids, self.asked)
+                generated += len(ids)
+                rate = generated / (time.perf_counter() - start)
+                self.job.progress(len(answers), len(places), "rows", f"{rate:.0f} tokens/s")
+        return Answered([answers[place] for place in places], generated, time.perf_counter() - start)
+
+    def alone(self, place: int) -> Latency:
+        """One prompt in a batch of one."""
+        with self._finite():
+            return decode_alone(self.model, self.asked, place)
+
+    @torch.inference_mode()
+    def loss(self, texts: Sequence[Text]) -> Loss:
+        """Cross-entropy of the texts, many at a time, logits in chunks."""
+        head, nats, tokens = head_of(self.model), 0.0, 0
+        for group in _groups(texts):
+            examples = [Example(ids, [IGNORE] * start + ids[start:]) for ids, start in group]
+            batch = to_device(collate(list(enumerate(examples))), self.model.device)
+            nats += float(cross_entropy(hidden_states(self.model, batch), head, batch["labels"]))
+            tokens += len(batch["labels"])
+        if not -float("inf") < nats < float("inf"):
+            raise GateFailed("the loss on the held-out answers is NaN or infinite: the weights are broken")
+        return Loss(nats, tokens)
+
+    def parameters(self) -> dict[str, Any]:
+        """Statistics of the weights."""
+        return model_statistics(self.model)
+
+    @contextmanager
+    def _finite(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite as error:
+            raise GateFailed(
+                f"row {self.asked.rows[error.place]} of the test file: logits are NaN or infinite. In float16 Gemma 3 "
+                "overflows: use bfloat16 or float32; else the weights are broken, which the outlier report shows"
+            ) from error
 
 
-def answer_hf(model_dir: ModelDir, asked: Asked, job: Job) -> Answered:
-    """Loads the model and answers all prompts, longest first; raises GateFailed for logits that are not finite."""
+@contextmanager
+def hf_engine(
+    model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, asked: Asked, four_bit: bool, job: Job
+) -> Iterator[HfEngine]:
+    """The model, loaded; after an out-of-memory error (`Job.rung`) with half the slots."""
     torch.set_num_threads(asked.threads)
-    model = load_model(model_dir)
-    if isinstance(model, PeftModel) and model.dtype == torch.float32:  # the same function in half the operations
-        model = model.merge_and_unload()
-    order = sorted(range(len(asked.prompts)), key=lambda row: -len(asked.prompts[row]))
-    answers: list[list[int]] = [[] for _ in order]
-    generated, size = 0, asked.batch_size >> job.rung or 1
-    if asked.warmup_rows:
-        _generate(model, asked, order[: asked.warmup_rows])
-    start = time.perf_counter()
-    for first in range(0, len(order), size):
-        rows = order[first : first + size]
-        for row, ids in zip(rows, _generate(model, asked, rows), strict=True):
-            answers[row] = cut(ids, asked.ends)
-            generated += min(len(answers[row]) + 1, len(ids))
-        rate = generated / (time.perf_counter() - start)
-        job.progress(first + len(rows), len(order), "rows", f"{rate:.0f} tokens/s")
-    return Answered(answers, generated, time.perf_counter() - start)
+    loaded = load_model(model_dir, four_bit=four_bit)
+    if isinstance(loaded, PeftModel) and loaded.dtype == torch.float32 and not four_bit:
+        loaded = loaded.merge_and_unload()  # the same function in half the operations
+    yield HfEngine(unwrap(loaded), tokenizer, asked, max(1, asked.batch_size >> job.rung), job)
 
 
-@torch.inference_mode()
-def _generate(model: PreTrainedModel, asked: Asked, rows: list[int]) -> list[list[int]]:
-    """New ids of each row, up to where the batch's last row ended."""
-    prompts = [asked.prompts[row] for row in rows]
-    width = max(map(len, prompts))
-    pad = min(asked.ends)  # masked, so any id serves; a row that has ended is filled with it
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-    finite = FiniteLogits()
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=asked.max_new_tokens, eos_token_id=sorted(asked.ends), pad_token_id=pad
-    )
-    model.generation_config = settings  # the model's own could add temperature, or tokens to suppress
-    generate: Any = model.generate
-    output = generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([finite]),
-    )
-    if finite.broken is not None and finite.broken.any():
-        row = asked.rows[rows[int(finite.broken.nonzero()[0])]]
-        raise GateFailed(
-            f"row {row} of the test file: logits are NaN or infinite. In float16 Gemma 3 overflows: use bfloat16 or "
-            "float32; else the weights are broken, which the outlier report shows"
-        )
-    return list(output[:, width:].tolist())
+def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:
+    """Texts of like length, about LOSS_TOKENS a group."""
+    group: list[Text] = []
+    for text in sorted(texts, key=lambda text: len(text.input_ids)):
+        if group and (len(group) + 1) * len(text.input_ids) > LOSS_TOKENS:
+            yield group
+            group = []
+        group.append(text)
+    if group:
+        yield group

@@ -11,15 +11,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tasks.core.errors import BadData, GateFailed
 from tasks.core.job import Job
-from tasks.engine.llama import last_words, llama_environment
-from tasks.evaluate.asked import Answered, Asked, cut
+from tasks.engine.llama import LlamaInput, last_words, llama_environment, llama_logits
+from tasks.evaluate.asked import Answered, Asked, Latency, Loss, Schema, Text, cut
+from tasks.evaluate.parameters import gguf_statistics
 
 ROUNDS = 4
 """Requests hold so many rows a slot: enough to keep slots busy, few enough to show progress."""
@@ -70,42 +73,84 @@ def llama_server(gguf: Path, slots: int, context: int, threads: int, log: Path) 
         child.stdout.close()
 
 
-def answer_llama(gguf: Path, asked: Asked, job: Job) -> Answered:
-    """Answers all prompts; raises GateFailed when a warm-up row's probabilities are not finite."""
-    if not gguf.is_file():
-        raise BadData(f"{gguf} is not there: give the output directory of the gguf stage")
-    slots = min(asked.batch_size, len(asked.prompts))
-    context = max(map(len, asked.prompts)) + asked.max_new_tokens
-    options = {
-        "n_predict": asked.max_new_tokens,
-        "temperature": 0,
-        "samplers": ["temperature"],
-        "return_tokens": True,
-        "cache_prompt": False,
-    }
-    fields = ["index", "tokens", "tokens_predicted"]
-    answers: list[list[int]] = []
-    generated = 0
-    with llama_server(gguf, slots, context, asked.threads, job.work / "llama.log") as server:
-        if asked.warmup_rows:
-            _assert_finite(asked.rows, server.complete(asked.prompts[: asked.warmup_rows], **options, n_probs=1))
-        start = time.perf_counter()
-        for first in range(0, len(asked.prompts), ROUNDS * slots):
-            prompts = asked.prompts[first : first + ROUNDS * slots]
-            for result in server.complete(prompts, **options, response_fields=fields):
-                answers.append(cut(result["tokens"], asked.ends))
+class LlamaEngine:
+    """A `tasks.evaluate.asked.Engine` on a GGUF file in a running server."""
+
+    def __init__(self, gguf: Path, server: LlamaServer, asked: Asked, slots: int, job: Job) -> None:
+        self.gguf, self.server, self.asked, self.slots, self.job = gguf, server, asked, slots, job
+
+    def answer(self, places: Sequence[int], schema: Schema | None = None) -> Answered:
+        """All prompts, as many at a time as there are slots."""
+        answers: list[list[int]] = []
+        generated, start = 0, time.perf_counter()
+        held = {"json_schema": schema} if schema is not None else {}
+        for first in range(0, len(places), ROUNDS * self.slots):
+            asked = places[first : first + ROUNDS * self.slots]
+            for place, result in zip(asked, self._complete(asked, **held), strict=True):
+                self._assert_finite(place, result)
+                answers.append(cut(result["tokens"], self.asked))
                 generated += int(result["tokens_predicted"])
             rate = generated / (time.perf_counter() - start)
-            job.progress(len(answers), len(asked.prompts), "rows", f"{rate:.0f} tokens/s")
+            self.job.progress(len(answers), len(places), "rows", f"{rate:.0f} tokens/s")
         return Answered(answers, generated, time.perf_counter() - start)
 
+    def alone(self, place: int) -> Latency:
+        """One prompt in one slot; llama.cpp's own clock says when its first token was there."""
+        start = time.perf_counter()
+        [result] = self._complete([place])
+        total = time.perf_counter() - start
+        return Latency(result["timings"]["prompt_ms"] / 1000, total, int(result["tokens_predicted"]))
 
-def _assert_finite(rows: list[int], results: list[dict[str, Any]]) -> None:
-    """llama.cpp writes a NaN as null. Only warm-up rows ask for probabilities: they cost a sort of the vocabulary."""
-    for row, result in zip(rows, results, strict=False):
+    def loss(self, texts: Sequence[Text]) -> Loss:
+        """Cross-entropy of the texts from all of llama.cpp's logits, one text after the other."""
+        nats, tokens = 0.0, 0
+        inputs = [LlamaInput("", text.input_ids, text.start) for text in texts]
+        for text, output in zip(texts, llama_logits(self.gguf, inputs, self.job.work / "llama.log"), strict=True):
+            logits = output.logits.astype(np.float64)
+            labels = text.input_ids[text.start :]
+            top = logits.max(axis=1)
+            norms = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+            nats += float((norms - logits[range(len(labels)), labels]).sum())
+            tokens += len(labels)
+        if not math.isfinite(nats):
+            raise GateFailed("llama.cpp's loss on the held-out answers is NaN or infinite: the GGUF is broken")
+        return Loss(nats, tokens)
+
+    def parameters(self) -> dict[str, Any]:
+        """Statistics of the file's tensors."""
+        return gguf_statistics(self.gguf)
+
+    def _complete(self, places: Sequence[int], **options: Any) -> list[dict[str, Any]]:
+        """Greedy completions. Two candidates are kept before a probability is asked for: that costs no sort.
+
+        One would do for the answer, but llama.cpp gives a single candidate probability 1 whatever its logit.
+        """
+        prompts = [self.asked.prompts[place] for place in places]
+        greedy = {"samplers": ["top_k", "temperature"], "top_k": 2, "temperature": 0}
+        checked = {"n_probs": 1, "post_sampling_probs": True}
+        fields = ["index", "tokens", "tokens_predicted", "timings", "completion_probabilities"]
+        return self.server.complete(
+            prompts, n_predict=self.asked.max_new_tokens, return_tokens=True, cache_prompt=False,
+            response_fields=fields, **greedy, **checked, **options,
+        )  # fmt: skip
+
+    def _assert_finite(self, place: int, result: dict[str, Any]) -> None:
+        """A candidate whose logit is NaN or infinite has no probability; llama.cpp writes it as null."""
         for token in result.get("completion_probabilities", []):
-            if token["logprob"] is None or not math.isfinite(token["logprob"]):
+            if token["prob"] is None or not math.isfinite(token["prob"]):
+                row = self.asked.rows[place]
                 raise GateFailed(f"row {row} of the test file: llama.cpp's logits are not finite. The GGUF is broken")
+
+
+@contextmanager
+def llama_engine(gguf: Path, asked: Asked, job: Job) -> Iterator[LlamaEngine]:
+    """The file in a server, with a slot for every row that is answered at the same time."""
+    if not gguf.is_file():
+        raise BadData(f"{gguf} is not there: give the output directory of the gguf stage")
+    slots = max(1, min(asked.batch_size >> job.rung, len(asked.prompts)))
+    context = max(map(len, asked.prompts)) + asked.max_new_tokens
+    with llama_server(gguf, slots, context, asked.threads, job.work / "llama.log") as server:
+        yield LlamaEngine(gguf, server, asked, slots, job)
 
 
 def _serve() -> None:

@@ -22,8 +22,12 @@ from tasks.core.rows import Message, Row, write_rows
 from tasks.engine.chat import end_ids, prompt_ids
 from tasks.engine.load import load_tokenizer, read_config
 from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.run import evaluate
-from tasks.gguf.hf import convert_hf
+from tasks.evaluate.asked import Asked, cut
+from tasks.evaluate.hf import hf_engine
+from tasks.evaluate.llama import llama_engine
+from tasks.evaluate.run import _whole_json, evaluate
+from tasks.gguf.convert import converting
+from tasks.gguf.mixture import Wanted
 from tests.pico import pico_model
 
 ROWS = 40
@@ -46,9 +50,13 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     weights["lm_head.weight"][TURN_END] *= 2.2
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     (directory / "gguf").mkdir()
-    convert_hf(model, "F32", "pico", directory / "gguf/model.gguf", Job(directory / "work"))
+    with converting(model, "pico", Job(directory / "work")) as conversion:
+        conversion.write(conversion.plan(Wanted("F32", 6, 2)), directory / "gguf/model.gguf")
     (directory / "data").mkdir()
     write_rows(directory / "data/test.jsonl", [row(number) for number in range(ROWS)])
+    train = ['{"intent": "close_audit", "entities": {}}', '{"intent": "out_of_scope", "entities": {}}']
+    messages = [[Message(role="user", content="?"), Message(role="assistant", content=answer)] for answer in train]
+    write_rows(directory / "data/train.jsonl", [Row(messages=one) for one in messages])
     return Pico(model, directory / "gguf", directory / "data")
 
 
@@ -58,10 +66,18 @@ def row(number: int) -> Row:
     return Row(messages=[Message(role="user", content=question), Message(role="assistant", content=answer)])
 
 
-def run(pico: Pico, out: Path, model: ModelDir | None = None, gguf: Path | None = None, **config: Any) -> Report:
+def run(
+    pico: Pico,
+    out: Path,
+    model: ModelDir | None = None,
+    gguf: Path | None = None,
+    text: Path | None = None,
+    **config: Any,
+) -> Report:
     out.mkdir()
-    settings = EvaluateConfig(**({"max_new_tokens": 40, "batch_size": 16, "threads": 1} | config))
-    return evaluate(settings, model or ModelDir(pico.model), pico.dataset, out, Job(out.with_suffix(".work")), gguf)
+    few = {"max_new_tokens": 40, "batch_size": 16, "threads": 1, "latency_rows": 1, "perplexity_rows": 0}
+    job = Job(out.with_suffix(".work"))
+    return evaluate(EvaluateConfig(**(few | config)), model or ModelDir(pico.model), pico.dataset, out, job, gguf, text)
 
 
 def predictions(out: Path) -> list[dict[str, Any]]:
@@ -87,8 +103,8 @@ def one_by_one(pico: Pico, rows: int) -> list[str]:
 
 
 def test_hugging_face_and_llama_cpp_give_the_answers_of_a_plain_loop(pico: Pico, tmp_path: Path) -> None:
-    hf = run(pico, tmp_path / "hf")
-    llama = run(pico, tmp_path / "llama", gguf=pico.gguf)
+    hf = run(pico, tmp_path / "hf", perplexity_rows=4, latency_rows=2)
+    llama = run(pico, tmp_path / "llama", gguf=pico.gguf, perplexity_rows=4, latency_rows=2)
     answers = [prediction["answer"] for prediction in predictions(tmp_path / "hf")]
     assert answers[:12] == one_by_one(pico, 12)
     lengths = {len(answer) for answer in answers}
@@ -105,17 +121,24 @@ def test_hugging_face_and_llama_cpp_give_the_answers_of_a_plain_loop(pico: Pico,
     assert llama.facts["bytes"] == (pico.gguf / "model.gguf").stat().st_size
     assert min(float(report.facts["tokens_per_second"]) for report in (hf, llama)) > 0
     assert {"json_valid", "intent_accuracy", "exact_match"} <= hf.facts.keys()
+    assert hf.facts["held_out_perplexity"] == pytest.approx(llama.facts["held_out_perplexity"], rel=1e-3)
+    for report in (hf, llama):
+        assert 0 < report.facts["first_token_ms"] <= report.facts["latency_p50_ms"] <= report.facts["latency_p99_ms"]  # type: ignore[operator]
+        assert len(report.details["latencies_ms"]) == 2 and report.facts["alone_tokens_per_second"] > 0  # type: ignore[operator]
+    weights = [json.loads((tmp_path / name / "scores.json").read_text())["parameters"] for name in ("hf", "llama")]
+    assert weights[0]["parameters"] == weights[1]["parameters"] and weights[0]["stored_as"].keys() == {"float32"}
+    assert weights[1]["stored_as"].keys() == {"F32"} and weights[0]["largest"] > 0
 
 
 def test_outputs_do_not_depend_on_batches_or_time(pico: Pico, tmp_path: Path) -> None:
     for name, gguf_dir in (("hf", None), ("llama", pico.gguf)):
-        run(pico, tmp_path / f"{name}1", gguf=gguf_dir)
-        run(pico, tmp_path / f"{name}2", gguf=gguf_dir)
+        for time in "12":
+            run(pico, tmp_path / f"{name}{time}", gguf=gguf_dir, limit_rows=20)
         for file in ("scores.json", "predictions.jsonl", "report/mistakes.md", "report/confusion.png"):
             assert (tmp_path / f"{name}1" / file).read_bytes() == (tmp_path / f"{name}2" / file).read_bytes(), file
-    run(pico, tmp_path / "small", batch_size=3)
-    equal = sum(a == b for a, b in zip(predictions(tmp_path / "hf1"), predictions(tmp_path / "small"), strict=True))
-    assert equal >= 0.95 * ROWS
+    run(pico, tmp_path / "small", limit_rows=20, batch_size=3)  # each slot is filled again several times
+    pairs = zip(predictions(tmp_path / "hf1"), predictions(tmp_path / "small"), strict=True)
+    assert sum(a == b for a, b in pairs) >= 19
 
 
 def test_scores_and_pages_are_of_these_answers(pico: Pico, tmp_path: Path) -> None:
@@ -149,22 +172,82 @@ def test_an_adapter_is_asked_with_its_base(pico: Pico, tmp_path: Path) -> None:
     assert report.facts["bytes"] == sum(path.stat().st_size for path in weights)
 
 
-def test_nan_logits_fail_with_the_row(pico: Pico, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in pico.model.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(GateFailed, match="row .* logits are NaN or infinite"):
-        run(pico, tmp_path / "hf", ModelDir(broken))
-    reader = gguf.GGUFReader(_copy(pico.gguf / "model.gguf", broken), "r+")
-    norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
-    norm.data[:] = np.float32("nan")
-    reader.data.flush()
-    with pytest.raises(GateFailed, match=r"row \d+ of the test file: llama.cpp's logits are not finite"):
-        run(pico, tmp_path / "llama", gguf=broken)
+def test_broken_weights_and_logits_fail_with_tensor_and_row(pico: Pico, tmp_path: Path) -> None:
+    for value, said in ((float("nan"), "holds NaN or infinite weights"), (3e38, "row .* logits are")):
+        broken = tmp_path / f"broken{value}"
+        broken.mkdir()
+        for file in pico.model.iterdir():
+            (broken / file.name).write_bytes(file.read_bytes())
+        weights = load_file(broken / "model.safetensors")
+        weights["model.norm.weight"][:] = value
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(GateFailed, match=said):
+            run(pico, tmp_path / f"hf{value}", ModelDir(broken))
+        reader = gguf.GGUFReader(_copy(pico.gguf / "model.gguf", broken), "r+")
+        norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
+        norm.data[:] = np.float32(value)
+        reader.data.flush()
+        with pytest.raises(GateFailed, match=said):
+            run(pico, tmp_path / f"llama{value}", gguf=broken, warmup_rows=0)
+
+
+def test_answers_held_to_the_schema_keep_to_it(pico: Pico, tmp_path: Path) -> None:
+    for name, directory in (("hf", None), ("llama", pico.gguf)):
+        report = run(pico, tmp_path / name, gguf=directory, limit_rows=6, constrained_rows=3, max_new_tokens=200)
+        found = json.loads((tmp_path / name / "scores.json").read_text())["constrained"]
+        assert found["held"]["rows"] == found["free"]["rows"] == 3
+        assert found["held"]["json_valid"] == found["held"]["schema_valid"] == 1.0, name
+        assert found["free"]["json_valid"] == report.facts["json_valid"] == 0.0  # a random model says no JSON
+        assert report.facts["constrained_tokens_per_second"] > 0  # type: ignore[operator]
+        assert "held_out_perplexity" not in report.facts
+    assert json.loads((tmp_path / "hf/schema.json").read_text())["anyOf"][0]["required"] == ["intent", "entities"]
+
+
+def test_perplexity_is_that_of_plain_forward_passes(pico: Pico, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "general.txt").write_text("Turn the red valve on line 4 and report the pressure.\n" * 40)
+    report = run(pico, tmp_path / "hf", text=text, text_tokens=600, limit_rows=8, perplexity_rows=8)
+    model = AutoModelForCausalLM.from_pretrained(pico.model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(ModelDir(pico.model))
+    ids = tokenizer((text / "general.txt").read_text(), add_special_tokens=False)["input_ids"][:600]
+    windows = [[2, *ids[start : start + 256]] for start in range(0, 600, 256)]
+    with torch.no_grad():
+        losses = [model(torch.tensor([one])).logits[0, :-1].log_softmax(-1) for one in windows]
+    nats = -sum(float(loss[range(len(one) - 1), one[1:]].sum()) for loss, one in zip(losses, windows, strict=True))
+    assert report.facts["general_perplexity"] == pytest.approx(np.exp(nats / 600), rel=1e-4)
+    assert json.loads((tmp_path / "hf/scores.json").read_text())["perplexity"]["general"]["tokens"] == 600
+    with pytest.raises(BadData, match="holds no text"):
+        run(pico, tmp_path / "none", text=pico.dataset, limit_rows=2)
+
+
+def test_an_answer_ends_where_it_is_whole(pico: Pico, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ModelDir(pico.model))
+    prompts = [prompt_ids(tokenizer, row(number).prompt) for number in range(9)]
+    ends = frozenset(end_ids(tokenizer, read_config(pico.model)))
+    asked = Asked(list(range(9)), prompts, ends, 40, 4, 1)
+    short = asked._replace(whole=lambda ids: len(ids) == 3)
+    answers = []
+    for one in (asked, short):
+        with hf_engine(ModelDir(pico.model), tokenizer, one, False, Job(tmp_path)) as engine:
+            answers.append(engine.answer(range(9)))
+    with llama_engine(pico.gguf / "model.gguf", short, Job(tmp_path)) as engine:
+        answers.append(engine.answer(range(9)))
+    assert [ids[:3] for ids in answers[0].answers] == answers[1].answers == answers[2].answers
+    assert answers[1].generated < answers[0].generated
+    whole = _whole_json(tokenizer)
+    ids = tokenizer('{"a": {"b": "}"}} and more', add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(cut(ids, asked._replace(whole=whole))).strip() == '{"a": {"b": "}"}}'
+
+
+def test_four_bits(pico: Pico, tmp_path: Path) -> None:
+    report = run(pico, tmp_path / "nf4", limit_rows=4, four_bit=True, perplexity_rows=4)
+    plain = run(pico, tmp_path / "plain", limit_rows=4, perplexity_rows=4)
+    assert report.facts["format"] == "nf4" and plain.facts["format"] == "bfloat16"
+    parameters = [json.loads((tmp_path / n / "scores.json").read_text())["parameters"] for n in ("nf4", "plain")]
+    assert parameters[0]["parameters"] == parameters[1]["parameters"] and parameters[0]["stored_as"]["nf4"] > 100_000
+    ratio = report.facts["held_out_perplexity"] / plain.facts["held_out_perplexity"]  # type: ignore[operator]
+    assert ratio == pytest.approx(1, rel=0.3) and ratio != 1
 
 
 def _copy(file: Path, directory: Path) -> Path:

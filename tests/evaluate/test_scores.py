@@ -2,27 +2,20 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
-from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
-from tasks.evaluate.scores import INVALID, entity_pairs, json_object, judge, macro_f1, same, score, token_f1, wilson
+from tasks.core.errors import BadConfig
+from tasks.evaluate.judge import INVALID, Judged, entity_pairs, json_object, judge, rouge_l, same, token_f1
+from tasks.evaluate.own_metric import load_metric
+from tasks.evaluate.schema import checker, infer_schema
+from tasks.evaluate.scores import score
 
 
 def answer(intent: object, **entities: object) -> str:
     return json.dumps({"intent": intent, "entities": entities})
-
-
-@pytest.mark.parametrize(("count", "of"), [(0, 10), (10, 10), (1, 3), (37, 400), (399, 400), (1, 1)])
-def test_wilson_is_scipys(count: int, of: int) -> None:
-    rate, expected = wilson(count, of), binomtest(count, of).proportion_ci(0.95, method="wilson")
-    assert (rate.value, rate.low, rate.high) == pytest.approx((count / of, expected.low, expected.high), abs=1e-6)
-
-
-def test_wilson_by_hand() -> None:
-    # 8 of 10: centre (0.8 + 3.8415/20) / 1.38415 = 0.71674, half width 1.96 sqrt(0.016 + 0.0096037) / 1.38415 = 0.22657
-    assert wilson(8, 10)[1:3] == pytest.approx((0.49016, 0.94332), abs=2e-5)
 
 
 def test_judge_a_right_answer_in_another_spelling() -> None:
@@ -94,7 +87,7 @@ def test_score_by_hand() -> None:
         "entity_precision": (1, 3),
         "entity_recall": (1, 3),
     }
-    assert scores["means"]["entity_f1"] == pytest.approx(1 / 3)
+    assert scores["means"]["entity_f1"]["value"] == pytest.approx(1 / 3)
     assert scores["confusion"] == {
         "close": {"close": 2, "out_of_scope": 1},
         "out_of_scope": {INVALID: 1, "close": 1, "out_of_scope": 1},
@@ -112,7 +105,7 @@ def test_intents_and_entities_agree_with_sklearn() -> None:
     ]
     scores = score(judged, "out_of_scope")
     assert scores["rates"]["intent_accuracy"]["value"] == pytest.approx(accuracy_score(expected, given))
-    assert scores["means"]["intent_macro_f1"] == pytest.approx(
+    assert scores["means"]["intent_macro_f1"]["value"] == pytest.approx(
         f1_score(expected, given, labels=labels, average="macro")
     )
     declined = ([label == "out_of_scope" for label in column] for column in (expected, given))
@@ -125,12 +118,29 @@ def test_intents_and_entities_agree_with_sklearn() -> None:
     hits, made, wanted = (sum(row.entities[i] for row in judged if row.entities) for i in range(3))
     keys = [(row.entities[0] > 0, row.entities[1] > 0) for row in judged if row.entities]
     assert hits == sum(hit for hit, _ in keys) and made == sum(answered for _, answered in keys) and wanted == 500
-    assert scores["means"]["entity_f1"] == pytest.approx(2 * hits / (made + wanted))
+    assert scores["means"]["entity_f1"]["value"] == pytest.approx(2 * hits / (made + wanted))
 
 
 def test_macro_f1_counts_intents_that_are_expected() -> None:
     # a: tp 1, expected 2, given 1 -> 2/3; b: tp 1, expected 1, given 1 -> 1; z is only given
-    assert macro_f1([("a", "a"), ("a", "z"), ("b", "b")]) == pytest.approx((2 / 3 + 1) / 2)
+    rows = [Judged(True, intent=pair) for pair in (("a", "a"), ("a", "z"), ("b", "b"))]
+    scores = score(rows, "z")
+    assert scores["means"]["intent_macro_f1"]["value"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["intents"]["a"] == {"rows": 2, "precision": 1, "recall": 0.5, "f1": 2 / 3, "exact_match": 1}
+
+
+def test_f1_intervals_narrow_with_the_rows_and_hold_the_value() -> None:
+    def interval(times: int) -> tuple[float, float, float]:
+        pairs = [("a", "a")] * 8 + [("a", "b")] * 2 + [("b", "b")] * 9 + [("b", "a")]
+        rows = [judge(answer(left, k="x"), answer(right, k="x" if left == right else "y")) for left, right in pairs]
+        means = score(rows * times, "-")["means"]
+        assert means["entity_f1"]["value"] == pytest.approx(17 / 20)
+        assert 0 < means["entity_f1"]["low"] < 17 / 20 < means["entity_f1"]["high"] <= 1
+        return tuple(means["intent_macro_f1"].values())
+
+    few, many = interval(2), interval(50)
+    assert few[0] == many[0] and few[1] < many[1] < many[0] < many[2] < few[2]
+    assert 0.15 < few[2] - few[1] < 0.35 and 0.03 < many[2] - many[1] < 0.06
 
 
 def test_free_text() -> None:
@@ -138,9 +148,74 @@ def test_free_text() -> None:
     assert (token_f1("", ""), token_f1("a", "")) == (1.0, 0.0)
     scores = score([judge("It is red.", " It is red. "), judge("It is red.", "blue")], "out_of_scope")
     assert list(scores["rates"]) == ["exact_match"] and scores["rates"]["exact_match"]["hits"] == 1
-    assert scores["means"] == {"token_f1": 0.5} and scores["confusion"] == {}
+    assert {name: mean["value"] for name, mean in scores["means"].items()} == {"token_f1": 0.5, "rouge_l": 0.5}
+    assert scores["confusion"] == {} and scores["intents"] == {}
+
+
+def test_rouge_l_is_lins() -> None:
+    # Lin 2004, section 3: LCS of "police killed the gunman" with these two is 3 and 2 words of 4
+    assert rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
+    assert rouge_l("police killed the gunman", "the gunman kill police") == pytest.approx(0.5)
+    assert rouge_l("Open the valve!", "open valve") == pytest.approx(2 * 2 / 5)
+    assert (rouge_l("", ""), rouge_l("a", "...")) == (1.0, 0.0)
 
 
 def test_no_rows_are_an_error() -> None:
     with pytest.raises(ValueError, match="no rows"):
         score([], "out_of_scope")
+
+
+def test_a_schema_is_what_training_answers_have_in_common() -> None:
+    answers = [
+        '{"intent": "close", "entities": {"audit": "17", "hall": "north"}}',
+        '{"intent": "close", "entities": {"audit": "18"}}',
+        '{"intent": "count", "entities": {"n": 3, "parts": ["a"]}, "note": null}',
+        '{"intent": "count", "entities": {"n": 2.5, "parts": []}, "note": "x"}',
+        '{"intent": "out_of_scope", "entities": {}}',
+    ]
+    schema = infer_schema(answers)
+    assert schema is not None
+    close, count, _ = schema["anyOf"]
+    assert close["properties"]["intent"] == {"const": "close"} and list(close["properties"]) == ["intent", "entities"]
+    assert close["properties"]["entities"]["required"] == ["audit"]
+    assert count["properties"]["entities"]["properties"] == {
+        "n": {"type": "number"},
+        "parts": {"type": "array", "items": {"type": "string"}},
+    }
+    assert count["properties"]["note"] == {"anyOf": [{"type": "null"}, {"type": "string"}]}
+    keeps = checker(schema)
+    assert all(keeps(json.loads(one)) for one in answers)
+    for wrong in (
+        '{"intent": "close", "entities": {"hall": "north"}}',
+        '{"intent": "close", "entities": {"audit": 17}}',
+        '{"intent": "close", "entities": {"audit": "17", "bay": "2"}}',
+        '{"intent": "other", "entities": {}}',
+        '{"intent": "out_of_scope"}',
+        "{}",
+    ):
+        assert not keeps(json.loads(wrong)), wrong
+    row = judge(answers[1], '{"intent": "close", "entities": {"hall": "north"}}', keeps)
+    assert row.json_valid and row.schema_valid is False and judge(answers[1], "no", keeps).schema_valid is False
+    assert infer_schema(["free text", "{}"]) is None and infer_schema([]) is None
+    assert infer_schema(['{"a": 1}', '{"a": 2, "b": true}']) == {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+
+
+def test_own_metric_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "def words(question, expected, answer):\n    return len(answer.split())\n"
+    source += "def text(*_):\n    return 'good'\nx = 1\n"
+    (tmp_path / "team_metrics.py").write_text(source)
+    with pytest.raises(BadConfig, match="put the module's directory on PYTHONPATH"):
+        load_metric("team_metrics:words")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_metric("team_metrics:words")("q", "e", "one two") == 2.0
+    with pytest.raises(BadConfig, match="has no nothing"):
+        load_metric("team_metrics:nothing")
+    with pytest.raises(BadConfig, match="is a int, not a function"):
+        load_metric("team_metrics:x")
+    with pytest.raises(BadConfig, match="gave 'good' for the question 'q'"):
+        load_metric("team_metrics:text")("q", "e", "a")

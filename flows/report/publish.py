@@ -1,0 +1,105 @@
+"""Writes what a run ends with: `<home>/reports/<flow run>/` with the page, and the same in MLflow and Prefect."""
+
+import html
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.runtime import flow_run
+
+from flows.report.gather import Evaluation, Gathered, gather
+from flows.report.page import render
+from flows.report.terminal import RATES, cells
+from flows.stages import Stages
+from tasks.core.refs import DatasetRef, ReportRef
+from tasks.core.shell import AnyRef
+
+STAGE_OF = {"teacher-base": "base", "student-base": "base", "teacher": "teacher", "direct": "direct",
+            "student": "student", "merged": "merged"}  # fmt: skip
+
+
+def publish(
+    run: Stages,
+    dataset: DatasetRef,
+    scores: dict[str, ReportRef],
+    shown: Mapping[str, AnyRef],
+    gate: ReportRef | None = None,
+) -> dict[str, Any]:
+    """Writes the report's directory, logs it to MLflow and Prefect, and returns the summary.
+
+    `summary.json` is a contract: `models` (rates as fractions, bytes, tokens per second), `evaluations` (all facts by
+    name), `gate`, `dataset`, `stages` (name, seconds, cached), `flow_run_id`, `mlflow_run_id`. Beside it lie
+    `index.html`, which needs no other file, and `predictions/<model>.jsonl`, which `flows.compare` reads. `shown` are
+    the artifacts whose pictures and loss curves the page has.
+    """
+    rows = [_row(name, ref) for name, ref in scores.items()]
+    summary: dict[str, Any] = {
+        "models": rows,
+        "evaluations": {name: {"digest": ref.digest, **ref.facts} for name, ref in scores.items()},
+        "gate": dict(gate.facts) if gate is not None else None,
+        "dataset": {"digest": dataset.digest, **dataset.facts},
+        "stages": run.records,
+        "flow_run_id": run.flow_run_id,
+        "mlflow_run_id": run.mlflow.run_id,
+    }
+    gathered = gather(run.settings, scores, shown, gate)
+    directory = write_report(run.settings.root / "reports" / str(flow_run.get_name()), summary, gathered)
+    run.mlflow.artifacts(directory, "report")
+    rates = {f"{row['name']}/{rate}": row[rate] for row in rows for rate in RATES if row[rate] is not None}
+    run.mlflow.metrics(0, rates)
+    mlflow_link = run.tracker.link(run.mlflow)
+    create_table_artifact(rows, key="models", description="Every model on the held-out rows")
+    create_markdown_artifact(_markdown(summary, directory), key="report", description="What this run made")
+    page = f"{mlflow_link}/artifacts/report/index.html" if mlflow_link else (directory / "index.html").as_uri()
+    create_link_artifact(page, link_text="The report page", key="report-page")
+    _point_latest(directory)
+    get_run_logger().info("report: %s", directory / "index.html")  # a gate that fails now shows no table
+    return summary | {"report": str(directory), "mlflow_link": mlflow_link}
+
+
+def write_report(directory: Path, summary: dict[str, Any], gathered: Gathered) -> Path:
+    """The report's directory, made anew: summary.json, index.html, predictions/."""
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "predictions").mkdir(parents=True)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1))
+    for evaluation in gathered.evaluations:
+        _write_predictions(evaluation, directory / "predictions" / f"{evaluation.name}.jsonl")
+    (directory / "index.html").write_text(render(summary, gathered), encoding="utf-8")
+    return directory
+
+
+def _write_predictions(evaluation: Evaluation, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions)
+
+
+def _row(name: str, ref: ReportRef) -> dict[str, Any]:
+    facts = ref.facts
+    return {
+        "name": name,
+        "stage": STAGE_OF.get(name, "gguf"),
+        "format": facts["format"],
+        "bytes": facts["bytes"],
+        **{rate: facts.get(rate) for rate in RATES},
+        "tokens_per_second": facts["tokens_per_second"],
+    }
+
+
+def _markdown(summary: dict[str, Any], directory: Path) -> str:
+    lines = ["| model | format | MB | " + " | ".join(RATES) + " | tokens/s |", "|---" * (len(RATES) + 4) + "|"]
+    for row in summary["models"]:
+        lines.append("| " + " | ".join([row["name"], *cells(row)]) + " |")
+    if summary["gate"]:
+        verdict = "passed" if summary["gate"]["passed"] else "failed"
+        lines += ["", f"Gate {verdict}: {html.escape(str(summary['gate']['said']))}"]
+    return "\n".join(lines) + f"\n\nThe page: `{html.escape(str(directory))}/index.html`"
+
+
+def _point_latest(directory: Path) -> None:
+    latest = directory.parent / "latest"
+    latest.unlink(missing_ok=True)
+    latest.symlink_to(directory.name)

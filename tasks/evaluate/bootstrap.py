@@ -1,0 +1,46 @@
+"""Percentile bootstrap (Efron 1979) for scores that are no rates: resample the rows, score again, take the middle 95 %.
+
+Seeded, so that the same answers give the same interval.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 1000
+SEED = 0
+Counts = NDArray[np.int64]
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+class Estimate(NamedTuple):
+    """A score with its 95 % bootstrap interval from `low` to `high`."""
+
+    value: float
+    low: float
+    high: float
+
+
+def over_kinds(rows: Sequence[Kind], statistic: Callable[[list[Kind], Counts], NDArray[np.float64]]) -> Estimate:
+    """For rows of few kinds: `statistic(kinds, counts)` takes how often each kind occurs, [resamples, kinds]."""
+    found = Counter(rows)
+    kinds = sorted(found, key=repr)
+    counts = np.array([found[kind] for kind in kinds])
+    drawn = np.random.default_rng(SEED).multinomial(len(rows), counts / len(rows), size=RESAMPLES)
+    value = float(statistic(kinds, counts[None])[0])
+    return _estimate(value, statistic(kinds, drawn))
+
+
+def over_values(values: Sequence[float]) -> Estimate:
+    """The mean of a number a row."""
+    array, chance = np.asarray(values, np.float64), np.random.default_rng(SEED)
+    means = [array[chance.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
+    return _estimate(float(array.mean()), np.array(means))
+
+
+def _estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Estimate(value, min(value, float(low)), max(value, float(high)))

@@ -1,0 +1,31 @@
+"""A metric that the user wrote, by import path: `module:function`, called with (question, expected, answer)."""
+
+import importlib
+import math
+from collections.abc import Callable
+from numbers import Real
+
+from tasks.core.errors import BadConfig
+
+Metric = Callable[[str, str, str], float]
+
+
+def load_metric(path: str) -> Metric:
+    """The function, looked for on PYTHONPATH and in the working directory. Raises BadConfig when it is not there."""
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise BadConfig(f"metric {path!r}: {error}; put the module's directory on PYTHONPATH") from error
+    except AttributeError as error:
+        raise BadConfig(f"metric {path!r}: module {module} has no {name}") from error
+    if not callable(function):
+        raise BadConfig(f"metric {path!r} is a {type(function).__name__}, not a function")
+
+    def metric(question: str, expected: str, answer: str) -> float:
+        value = function(question, expected, answer)
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise BadConfig(f"metric {path!r} gave {value!r} for the question {question[:80]!r}: it must be a number")
+        return float(value)
+
+    return metric

@@ -1,0 +1,37 @@
+"""Gate: whether the student may go out. Budgets against the teacher and the student, on the same held-out rows."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.core.config import StageConfig
+
+Check = Literal["auto", "exact_match", "intent_accuracy", "json_valid", "schema_valid", "token_f1", "rouge_l", "metric"]
+
+
+class GateConfig(StageConfig):
+    """How much may be lost on the way from teacher to student to GGUF. A point is a hundredth.
+
+    A budget is kept only when the rows show it: the paired difference's one-sided lower limit has to lie within it.
+    """
+
+    check: Check = "auto"
+    """What rows are compared by; `auto`: exact match where answers are JSON, token F1 where they are text."""
+
+    student_points: float | None = Field(default=5, ge=0, le=100)
+    """The student may be worse than the teacher by at most so many points; null sets no rule."""
+
+    gguf_points: float | None = Field(default=5, ge=0, le=100)
+    """A GGUF file may be worse than the student by at most so many points; null sets no rule."""
+
+    gain_points: float | None = Field(default=0, ge=0, le=100)
+    """The student has to be better than its own base by more than so many points; null sets no rule."""
+
+    floors: dict[str, float] = {}
+    """Scores that the student and every GGUF file must reach: `{"json_valid": 0.98, "out_of_scope_recall": 0.9}`."""
+
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """How sure a rule has to be (one-sided)."""
+
+    out_of_scope_intent: str = "out_of_scope"
+    """The intent of questions that the model should decline, for the tables by slice."""

@@ -1,0 +1,200 @@
+"""The report's page and directory from evaluations whose answers are known, and the comparison of two runs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.compare import main
+from flows.report.charts import linear_axis, log_axis
+from flows.report.gather import Curve, Evaluation, Gathered, Picture, read_curve
+from flows.report.publish import write_report
+from flows.report.terminal import RATES
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.evaluate.judge import judge
+from tasks.evaluate.scores import score
+from tasks.gate import GateConfig
+from tasks.gate.run import gate
+
+ROOT = Path(__file__).parents[2]
+ROWS = 60
+EVIL = "<script>alert('x')</script>"
+
+
+def evaluation(name: str, wrong: int, text: bool = False) -> Evaluation:
+    """A model that has the first `wrong` rows wrong, in words that a careless page would run."""
+    judged, rows = [], []
+    for row in range(ROWS):
+        label = {"intent": "out_of_scope" if row % 3 == 0 else f"intent{row % 3}", "entities": {"n": str(row)}}
+        expected = f"Row {row} is in order." if text else json.dumps(label)
+        answer = f"{EVIL} {row}" if row < wrong else expected
+        judged.append(judge(expected, answer))
+        rows.append({"row": row, "prompt": f"question {row} {EVIL}", "expected": expected, "answer": answer})
+    scores = score(judged, "out_of_scope") | {"parameters": {}, "perplexity": {}}
+    predictions = [{**line, **one._asdict()} for line, one in zip(rows, judged, strict=True)]
+    rates = {name: value["value"] for name, value in {**scores["rates"], **scores["means"]}.items()}
+    facts = {**rates, "format": "bfloat16", "bytes": 1_500_000 + len(name), "tokens_per_second": 1000.0 + wrong}
+    facts |= {"latency_p50_ms": 12.5, "first_token_ms": 3.5, "held_out_perplexity": 1.01}
+    report = {"facts": facts, "details": {"latencies_ms": [10.0, 12.0, 14.5]}}
+    return Evaluation(name, scores, report, json.loads(json.dumps(predictions)))
+
+
+def write(directory: Path, wrong: dict[str, int], text: bool = False) -> Path:
+    """A run's report directory."""
+    evaluations = [evaluation(name, count, text) for name, count in wrong.items()]
+    verdict = None
+    if {"teacher", "student"} <= wrong.keys():
+        for one in evaluations:
+            place = directory.parent / "evaluations" / directory.name / one.name
+            place.mkdir(parents=True)
+            (place / "scores.json").write_text(json.dumps(one.scores))
+            (place / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one.predictions))
+        out = directory.parent / f"{directory.name}-gate"
+        out.mkdir(parents=True)
+        models = {
+            one.name: ModelDir(directory.parent / "evaluations" / directory.name / one.name) for one in evaluations
+        }
+        report = gate(GateConfig(student_points=10), models, out, Job(directory.parent / "work"))
+        verdict = json.loads((out / "gate.json").read_text())
+    stages = {"teacher-base": "base", "teacher": "teacher", "student": "student"}
+    keys = ["format", "bytes", *RATES, "tokens_per_second"]
+    models_: list[dict[str, Any]] = [
+        {"name": one.name, "stage": stages.get(one.name, "gguf"), **{key: one.report["facts"].get(key) for key in keys}}
+        for one in evaluations
+    ]
+    facts = {one.name: {"digest": "0" * 64, **one.report["facts"]} for one in evaluations}
+    summary = {
+        "models": models_, "evaluations": facts,
+        "gate": dict(report.facts) if verdict else None, "dataset": {"digest": "1" * 64, "test_rows": ROWS},
+        "stages": [{"name": "ingest", "seconds": 1.5, "cached": False}], "flow_run_id": "f", "mlflow_run_id": None,
+    }  # fmt: skip
+    curve = Curve(
+        "student", {"loss": [(1, 2.0), (2, 1.0)], "kd_loss": [(1, 1.0), (2, 0.5)], "ce_loss": [(1, 3.0), (2, 0.2)]}
+    )
+    picture = Picture("outliers: norms", "data:image/png;base64,AAAA")
+    provenance = {"commit": "abc", "libraries": {"torch": "2"}}
+    return write_report(directory, summary, Gathered(evaluations, [curve], [picture], verdict, provenance))
+
+
+class Page(HTMLParser):
+    """What a browser would load, the headings, and all text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads, self.tags, self.text = list[str](), list[str](), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run_a(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("a") / "reports" / "brave-otter"
+    return write(directory, {"teacher-base": 60, "teacher": 2, "student": 12, "Q8_0": 13})
+
+
+def test_the_page_holds_everything_and_loads_nothing(run_a: Path) -> None:
+    html = (run_a / "index.html").read_text()
+    page = Page(html)
+    assert all(one.startswith("data:image/png") for one in page.loads) and "url(" not in html and "@import" not in html
+    assert "script" not in page.tags and EVIL in page.text  # answers are text, whatever they say
+    for heading in ("Every model", "Size against quality", "Speed and perplexity", "Gate", "Losses", "Intents",
+                    "Confusion", "Latency", "Where models disagree", "Data and outliers", "Provenance"):  # fmt: skip
+        assert heading in page.text, heading
+    assert "gate failed" in page.text and "80.0% instead of 96.7%" in page.text and "teacher → student" in page.text
+    assert "kd loss" in page.text and "ce loss" in page.text
+    assert "teacher and student: only one of them is right on 10 rows" in page.text
+    assert page.tags.count("svg") == 1 + 1 + 3  # size, one loss curve, three models that people use
+    assert "prefers-color-scheme: dark" in html and "What a JSON schema buys" not in page.text
+    assert set(re.findall(r"var\((--\w+)\)", html)) <= set(re.findall(r"(--\w+): ", html)) | {"--share"}
+
+
+def test_the_directory_keeps_predictions_and_the_summary(run_a: Path) -> None:
+    assert sorted(path.name for path in (run_a / "predictions").iterdir()) == [
+        "Q8_0.jsonl", "student.jsonl", "teacher-base.jsonl", "teacher.jsonl"]  # fmt: skip
+    summary = json.loads((run_a / "summary.json").read_text())
+    assert summary["gate"]["passed"] is False and summary["evaluations"]["student"]["exact_match"] == 0.8
+
+
+def test_free_text_and_few_models_make_a_shorter_page(tmp_path: Path) -> None:
+    page = Page((write(tmp_path / "text", {"student": 6}, text=True) / "index.html").read_text())
+    assert "token F1" in page.text and "ROUGE-L" in page.text
+    for heading in ("Gate", "Intents", "Confusion", "JSON valid", "Where models disagree"):
+        assert heading not in page.text, heading
+
+
+def test_curves_are_the_losses_among_the_events(tmp_path: Path) -> None:
+    events = [
+        {"event": "log", "message": "x"},
+        {"event": "metrics", "step": 1, "values": {"loss": 2.0, "kd_loss": 1.0, "learning_rate": 0.1}},
+        {"event": "metrics", "step": 2, "values": {"loss": 9.0, "kd_loss": 0.7}},
+        {"event": "metrics", "step": 2, "values": {"loss": 1.0, "train_loss": 5.0}},  # taken up again at step 2
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert read_curve("t", tmp_path / "events.jsonl").losses == {
+        "loss": [(1, 2.0), (2, 1.0)],
+        "kd_loss": [(1, 1.0), (2, 0.7)],
+    }
+    assert read_curve("t", tmp_path / "none").losses == {}
+
+
+def test_axes_have_round_ticks_that_span_the_values() -> None:
+    axis = linear_axis([86.3, 94.4], 0, 100)
+    assert axis.ticks == [86, 88, 90, 92, 94, 96] and (axis(86), axis(96)) == (0, 100)
+    assert linear_axis([3, 3], 0, 1).ticks[0] <= 3 <= linear_axis([3, 3], 0, 1).ticks[-1]
+    assert linear_axis([0, 0], 0, 1).last > 0
+    log = log_axis([0.99, 11.3], 0, 100)
+    assert log.ticks == [1, 2, 5, 10] and log(0.9) == pytest.approx(0) and log(12.43) == pytest.approx(100)
+    assert log_axis([1e-4, 10], 0, 1).ticks == [1e-4, 1e-3, 1e-2, 0.1, 1, 10]
+
+
+def compare(home: Path, *runs: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "STILLHOUSE_HOME": str(home), "COLUMNS": "160"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "flows.compare", *runs]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_two_runs_compare_by_name_by_path_and_by_mlflow_id(run_a: Path, tmp_path: Path) -> None:
+    home = run_a.parents[1]
+    run_b = write(home / "reports" / "calm-heron", {"teacher": 2, "student": 4, "Q4_0": 5})
+    done = compare(home, "brave-otter", str(run_b))
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "student" in line)
+    assert [part in line for part in ("exact_match", "60", "80.0%", "93.3%", "+13.3", "8/0", "0.0078")] == [True] * 7
+    assert "Q8_0" not in done.stdout and "Q4_0" not in done.stdout  # in one of them only
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.create_experiment("stillhouse", artifact_location=str(tmp_path / "artifacts"))
+    run = client.create_run(experiment)
+    client.log_artifacts(run.info.run_id, str(run_b), "report")
+    again = compare(home, "brave-otter", run.info.run_id)
+    assert again.returncode == 0, again.stderr
+    assert "+13.3" in again.stdout and "8/0" in again.stdout
+
+
+def test_what_cannot_be_compared_says_why(run_a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(SystemExit, match="'no-such-run' is no directory with a summary.json"):
+        main([str(run_a), "no-such-run"])
+    with pytest.raises(SystemExit, match="usage"):
+        main([str(run_a)])
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit, match="run the pipeline again"):
+        main([str(run_a), str(old)])
