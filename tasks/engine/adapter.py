@@ -7,7 +7,7 @@ W' = m (W + s B A) / |W + s B A|, the norm taken row by row. All in float32.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import BadConfig
+from tasks.engine.packed import Packed
 from tasks.engine.stored import Stored, stored_tensors
 
 Patch = Callable[[Tensor, int, int], Tensor]
@@ -50,13 +51,14 @@ SPELLINGS = (
 class Adapter(NamedTuple):
     """The adapter's tensors by the base tensor that they change: `parts[name]` as A, B, magnitude; or a replacement."""
 
+    directory: Path
     config: dict[str, Any]
     parts: dict[str, dict[str, Stored]]
     replacements: dict[str, Stored]
     paths: dict[str, str]
 
     @classmethod
-    def read(cls, directory: Path, base: dict[str, Stored]) -> "Adapter":
+    def read(cls, directory: Path, base: Mapping[str, Stored | Packed]) -> "Adapter":
         """Raises BadConfig for an unmergeable kind of adapter, or a tensor that fits no tensor of `base`."""
         config = json.loads((directory / "adapter_config.json").read_text())
         _check_mergeable(directory, config)
@@ -80,7 +82,7 @@ class Adapter(NamedTuple):
                     parts[name]["transposed"] = stored
             else:
                 replacements[name] = stored
-        adapter = cls(config, parts, replacements, paths)
+        adapter = cls(directory, config, parts, replacements, paths)
         for name in [*parts, *replacements]:
             adapter._check_shape(directory, name, base[name].shape)
         return adapter
@@ -88,6 +90,21 @@ class Adapter(NamedTuple):
     def replacement(self, name: str) -> Stored | None:
         """The tensor that takes the place of the base's, from `modules_to_save`."""
         return self.replacements.get(name)
+
+    def check_alone(self, alone: bool) -> None:
+        """Raises BadConfig for an adapter that has no sum with others, or no fraction, when it is not merged whole."""
+        if alone:
+            return
+        if self.replacements:
+            raise BadConfig(
+                f"{self.directory} replaces {min(self.replacements)} (modules_to_save), which cannot be added to what "
+                "other adapters do, nor weighed: merge it alone with weight 1"
+            )
+        if self.config.get("use_dora"):
+            raise BadConfig(
+                f"{self.directory} is a DoRA adapter: it rescales whole rows, so it has no weighted sum with others. "
+                "Merge it alone with weight 1"
+            )
 
     def patch(self, name: str) -> Patch | None:
         """The change of the base tensor `name`; None where the adapter leaves it alone."""
@@ -133,7 +150,7 @@ class Adapter(NamedTuple):
             raise BadConfig(f"{directory}: {name} is {list(shape)} in the base and {list(found)} in the adapter")
 
 
-def _base_name(target: str, base: dict[str, Stored]) -> str | None:
+def _base_name(target: str, base: Mapping[str, Stored | Packed]) -> str | None:
     if target in base:
         return target
     for module, checkpoint in SPELLINGS:
@@ -143,10 +160,10 @@ def _base_name(target: str, base: dict[str, Stored]) -> str | None:
 
 
 def _is_copy(
-    stored: Stored, name: str | None, target: str, tensors: dict[str, Stored], base: dict[str, Stored]
+    stored: Stored, name: str | None, target: str, tensors: dict[str, Stored], base: Mapping[str, Stored | Packed]
 ) -> bool:
     """Whether peft saved a whole tensor that says nothing new: an unchanged embedding, or the head tied to it."""
-    twins = [base[name]] if name else []
+    twins: list[Stored | Packed] = [base[name]] if name else []
     if name is None and target.endswith("lm_head.weight"):
         twins = [tensors[key] for key in tensors if key.endswith("embed_tokens.weight")]
         twins = twins or [base[key] for key in base if key.endswith("embed_tokens.weight")]

@@ -3,20 +3,22 @@
 for weight in weights(ModelDir.parse("bases/gemma-3-1b-it+runs/teacher")):
     for chunk in weight.chunks():   # [rows, ...] in the base's dtype: base + delta, rounded once
         ...
+
+A base in bitsandbytes' 4 bits is dequantized on the way: its tensors are those of the 16-bit model.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.engine.adapter import Adapter, Patch
+from tasks.engine.packed import Packed, unpacked
 from tasks.engine.stored import DTYPES, Stored, stored_tensors
 
 CHUNK_BYTES = 8 << 20
@@ -29,7 +31,7 @@ class Weight(NamedTuple):
     """
 
     name: str
-    stored: Stored
+    stored: Stored | Packed
     dtype: torch.dtype
     patch: Patch | None = None
     replaced: bool = False
@@ -61,27 +63,35 @@ class Weight(NamedTuple):
             yield self.rows(start, start + step)
 
 
-def weights(model: ModelDir) -> Iterator[Weight]:
-    """The model's tensors in name order, each as it is with the adapter merged.
+def weights(model: ModelDir, more: Sequence[tuple[Path, float]] = (), weight: float = 1.0) -> Iterator[Weight]:
+    """The model's tensors in name order, each as it is with its adapter merged, times `weight`, and `more` adapters.
 
+    Each of several adapters changes the base by its own difference times its weight: W + sum of w_i (W_i - W).
     Raises BadConfig for an adapter that cannot be merged, or one of whose tensors matches no tensor of the base.
     """
-    base = stored_tensors(model.base)
-    if any(".quant_state." in name for name in base):
-        raise BadConfig(
-            f"{model.base} holds bitsandbytes 4-bit weights: give the 16-bit base that they were made from, and let "
-            "the fine-tune quantize it (method=qlora)"
-        )
-    if model.adapter is None:
-        yield from (Weight(name, stored, stored.dtype) for name, stored in base.items())
-        return
-    adapter = Adapter.read(model.adapter, base)
+    base = unpacked(stored_tensors(model.base))
+    given = ([(model.adapter, weight)] if model.adapter else []) + list(more)
+    adapters = [(Adapter.read(directory, base), one) for directory, one in given]
+    alone = len(adapters) == 1 and adapters[0][1] == 1
+    for adapter, _ in adapters:
+        adapter.check_alone(alone)
     for name, stored in base.items():
-        replacement = adapter.replacement(name)
+        replacement = adapters[0][0].replacement(name) if alone else None
         if replacement is not None:
             yield Weight(name, replacement, stored.dtype, replaced=True)
         else:
-            yield Weight(name, stored, stored.dtype, adapter.patch(name))
+            found = [(patch, one) for adapter, one in adapters if (patch := adapter.patch(name)) is not None]
+            yield Weight(name, stored, stored.dtype, found[0][0] if alone and found else _summed(found))
+
+
+def _summed(patches: list[tuple[Patch, float]]) -> Patch | None:
+    if not patches:
+        return None
+
+    def change(rows: Tensor, start: int, stop: int) -> Tensor:
+        return rows + sum(weight * (patch(rows, start, stop) - rows) for patch, weight in patches)
+
+    return change
 
 
 def stream(model: ModelDir) -> Iterator[tuple[str, Tensor]]:

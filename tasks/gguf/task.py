@@ -2,15 +2,29 @@
 
 from prefect import task
 
-from tasks.core.refs import DatasetRef, GgufRef, ModelRef
+from tasks.core.refs import DatasetRef, GgufRef, ModelRef, ReportRef
 from tasks.core.retry import TASK
 from tasks.core.shell import run_stage
 from tasks.gguf import GgufConfig
 
 
 @task(name="convert", task_run_name="convert {config.kind}", **TASK)
-def convert(config: GgufConfig, model: ModelRef, dataset: DatasetRef, source: GgufRef | None = None) -> GgufRef:
-    """One GGUF file of `model`, proven in llama.cpp; `source` is its BF16 file, to quantize from."""
-    quantized = config.kind not in ("F32", "F16", "BF16")
-    inputs = {"model": model, "dataset": dataset, "source": source if quantized else None}
+def convert(
+    config: GgufConfig,
+    model: ModelRef,
+    dataset: DatasetRef | None,
+    source: GgufRef | None = None,
+    outliers: ReportRef | None = None,
+) -> GgufRef:
+    """One GGUF file of `model`, proven in llama.cpp.
+
+    `source` is its BF16 file, to quantize from; `outliers` the audit whose importance matrix weighs the rounding.
+    """
+    floats = config.kind in ("F32", "F16", "BF16")
+    inputs = {
+        "model": model,
+        "dataset": dataset,
+        "source": None if floats else source,
+        "outliers": None if floats else outliers,
+    }
     return run_stage("gguf", config, inputs, GgufRef, f"gguf {config.kind}")

@@ -1,5 +1,7 @@
 """Merge: base and adapter become one model directory in Hugging Face's layout, shown to say the same."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.core.config import StageConfig
@@ -8,6 +10,17 @@ from tasks.core.config import StageConfig
 class MergeConfig(StageConfig):
     """How a merged model is written, and how far it may part from its adapter."""
 
+    weight: float = 1.0
+    """Weight of the model's own adapter: 0.5 goes half the way from the base."""
+    adapter_weights: dict[str, float] = {}
+    """Weights of the further adapters by their names (`--adapters NAME=DIR`); 1 for those that are not named."""
+    remedy: Literal["none", "rescale", "clip"] = "none"
+    """Against activations too large for float16: `rescale` shrinks the residual stream and leaves the function alone;
+    `clip` limits the norms' gains, which changes it, and is there to show the difference."""
+    rescale_k: float = Field(default=0.03125, gt=0)
+    """What `rescale` multiplies the residual stream by: a power of two."""
+    clip_percentile: float = Field(default=99.0, gt=50, le=100)
+    """Where `clip` cuts: the percentile of each norm's gains."""
     shard_bytes: int = Field(default=1_900_000_000, ge=100_000, lt=2_000_000_000)
     """Largest safetensors file, in bytes. Some object stores and file systems end at 2 GB."""
     gate_rows: int = Field(default=64, ge=1)

@@ -1,20 +1,26 @@
-"""Merges an adapter into its base, one tensor at a time, and compares the two models on held-out rows.
+"""Merges adapters into their base, one tensor at a time, and compares the two models on held-out rows.
 
-python -m tasks.merge.run config.json --model BASE+ADAPTER --dataset DIR --out DIR
+python -m tasks.merge.run config.json --model BASE+ADAPTER --dataset DIR --out DIR [--adapters NAME=DIR ...]
 """
 
 import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from tasks.core.command import Report, command
-from tasks.core.errors import GateFailed
+from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.agreement import Agreement, answer_logits, held_out
+from tasks.engine.agreement import Agreement, held_out
 from tasks.engine.chat import encode
 from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.packed import unpacked
+from tasks.engine.remembered import Remembered
+from tasks.engine.rescale import clipped, rescaled
 from tasks.engine.stored import stored_tensors
 from tasks.engine.weights import Weight, weights, write_safetensors
 from tasks.merge import MergeConfig
@@ -30,27 +36,62 @@ TOKENIZER = (
 COMPANIONS = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", *TOKENIZER)
 
 
-def merge(config: MergeConfig, model: ModelDir, dataset: Path, out: Path, job: Job) -> Report:
-    """Writes base + adapter as safetensors shards with the base's names, shapes and dtypes; raises GateFailed."""
-    bytes_written, changed = write_shards(model, out, config.shard_bytes, job)
+class Added(NamedTuple):
+    """A further adapter."""
+
+    name: str
+    directory: Path
+    weight: float
+
+
+def merge(
+    config: MergeConfig,
+    model: ModelDir,
+    dataset: Path,
+    out: Path,
+    job: Job,
+    adapters: dict[str, ModelDir] | None = None,
+) -> Report:
+    """Writes base + adapters as safetensors shards with the base's names, shapes and dtypes; raises GateFailed.
+
+    A base in 4 bits becomes the 16-bit model that it stands for.
+    """
+    more = further(config, adapters or {})
+    tensors = list(weights(model, [(one.directory, one.weight) for one in more], config.weight))
+    if config.remedy == "rescale":
+        tensors = rescaled(tensors, model.base, config.rescale_k)
+    elif config.remedy == "clip":
+        tensors = clipped(tensors, model.base, config.clip_percentile)
+    bytes_written = write_shards(tensors, out, config.shard_bytes, job)
     copy_companions(model, out)
-    check_inventory(model.base, out)
-    tensors = len(stored_tensors(out))
-    facts = {"bytes": bytes_written, "tensors": tensors, "changed_tensors": changed}
-    job.log(f"{tensors} tensors written, {changed} of them changed by the adapter, {bytes_written / 1e6:.1f} MB")
-    if model.adapter is None:
+    recast = {weight.name: weight.dtype for weight in tensors if weight.dtype != weight.stored.dtype}
+    check_inventory(model.base, out, recast)
+    changed = sum(weight.changed for weight in tensors)
+    facts = {"bytes": bytes_written, "tensors": len(tensors), "changed_tensors": changed}
+    job.log(f"{len(tensors)} tensors written, {changed} of them changed, {bytes_written / 1e6:.1f} MB")
+    if not changed:
         return Report(facts=facts, warnings=["there was no adapter: the model is its base, copied"])
-    agreement = compare(config, model, dataset, out, job)
+    agreement = compare(config, model, more, dataset, out, job)
     job.metrics(0, **agreement.metrics())
     agreement.gate("the merged model", config.max_mean_kl, config.min_top1)
     return Report(facts={**facts, "mean_kl": agreement.mean_kl, "top1": agreement.top1}, metrics=agreement.metrics())
 
 
-def write_shards(model: ModelDir, out: Path, shard_bytes: int, job: Job) -> tuple[int, int]:
-    """Writes the effective weights, an index beside them when it takes several files; (bytes, tensors changed)."""
+def further(config: MergeConfig, adapters: dict[str, ModelDir]) -> list[Added]:
+    """The adapters beside the model's own; raises BadConfig for a weight without an adapter."""
+    unknown = sorted(config.adapter_weights.keys() - adapters.keys())
+    if unknown:
+        raise BadConfig(f"adapter_weights names {unknown[0]!r}, but --adapters gives {sorted(adapters) or 'none'}")
+    return [
+        Added(name, one.adapter or one.base, config.adapter_weights.get(name, 1.0)) for name, one in adapters.items()
+    ]
+
+
+def write_shards(tensors: list[Weight], out: Path, shard_bytes: int, job: Job) -> int:
+    """Writes the effective weights, an index beside them when it takes several files; returns their bytes."""
     shards: list[list[Weight]] = [[]]
-    filled = total = changed = 0
-    for weight in weights(model):
+    filled = total = 0
+    for weight in tensors:
         size = math.prod(weight.shape) * weight.dtype.itemsize
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
@@ -58,7 +99,6 @@ def write_shards(model: ModelDir, out: Path, shard_bytes: int, job: Job) -> tupl
         shards[-1].append(weight)
         filled += size
         total += size
-        changed += weight.changed
     weight_map = {}
     for i, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -68,7 +108,7 @@ def write_shards(model: ModelDir, out: Path, shard_bytes: int, job: Job) -> tupl
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
-    return total, changed
+    return total
 
 
 def copy_companions(model: ModelDir, out: Path) -> None:
@@ -79,30 +119,58 @@ def copy_companions(model: ModelDir, out: Path) -> None:
     for file in files:
         if file.is_file():
             shutil.copyfile(file, out / file.name)
+    settings: dict[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if settings.pop("quantization_config", None) is not None:  # what is written is no longer quantized
+        (out / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
-def check_inventory(base: Path, out: Path) -> None:
-    """Raises GateFailed unless `out` has every tensor of `base`, of its shape and dtype, and none besides."""
-    ours, theirs = stored_tensors(out), stored_tensors(base)
+def check_inventory(base: Path, out: Path, recast: dict[str, torch.dtype] | None = None) -> None:
+    """Raises GateFailed unless `out` has every tensor of `base`, of its shape and dtype, and none besides.
+
+    `recast` are the dtypes of those that were meant to get another one.
+    """
+    ours, theirs = stored_tensors(out), unpacked(stored_tensors(base))
     if ours.keys() != theirs.keys():
         lost, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
         raise GateFailed(f"the merged model lacks {lost[:3]} ({len(lost)}) and has {extra[:3]} ({len(extra)}) besides")
     for name, stored in theirs.items():
-        if (stored.shape, stored.dtype) != (ours[name].shape, ours[name].dtype):
-            raise GateFailed(f"{name} was {stored.dtype} {stored.shape}, is {ours[name].dtype} {ours[name].shape}")
+        dtype = (recast or {}).get(name, stored.dtype)
+        if (stored.shape, dtype) != (ours[name].shape, ours[name].dtype):
+            raise GateFailed(f"{name} was {dtype} {stored.shape}, is {ours[name].dtype} {ours[name].shape}")
 
 
-def compare(config: MergeConfig, model: ModelDir, dataset: Path, out: Path, job: Job) -> Agreement:
-    """Unmerged against merged, both in float32 and in memory at once, on held-out rows."""
+def compare(config: MergeConfig, model: ModelDir, more: list[Added], dataset: Path, out: Path, job: Job) -> Agreement:
+    """Unmerged against merged on held-out rows, in float32, one model in memory at a time."""
     tokenizer = load_tokenizer(ModelDir(out))
-    unmerged, merged = load_model(model, "float32"), load_model(ModelDir(out), "float32")
-    rows = held_out(dataset, config.gate_rows)
+    examples = [encode(tokenizer, row) for row in held_out(dataset, config.gate_rows)]
+    unmerged = Remembered(_unmerged(model, more, config.weight), examples)
+    job.progress(1, 2, "models", "unmerged")
+    merged = Remembered(load_model(ModelDir(out), "float32"), examples)
+    merged.share_head(unmerged)
     agreement = Agreement()
-    for i, row in enumerate(rows):
-        example = encode(tokenizer, row)
-        agreement.add(answer_logits(unmerged, example), answer_logits(merged, example))
-        job.progress(i + 1, len(rows), "rows", f"mean KL {agreement.mean_kl:.2g}")
+    for i in range(len(examples)):
+        agreement.add(unmerged.logits(i), merged.logits(i))
+    job.progress(2, 2, "models", f"mean KL {agreement.mean_kl:.2g}")
     return agreement
+
+
+def _unmerged(model: ModelDir, more: list[Added], weight: float) -> Any:
+    """Base and adapters as peft runs them: all active at once, each layer's scaling times its weight."""
+    given = [Added("default", model.adapter, weight)] if model.adapter else []
+    given += more
+    first = given[0].directory if given else None
+    loaded: Any = load_model(ModelDir(model.base, first), "float32")
+    names = ["default", *(f"more_{one.name}" for one in given[1:])][: len(given)]
+    for name, one in list(zip(names, given, strict=True))[1:]:
+        loaded.load_adapter(one.directory, name)
+    if len(names) > 1:
+        loaded.base_model.set_adapter(names)
+    for name, one in zip(names, given, strict=True):
+        for module in loaded.modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, dict) and name in scaling:
+                scaling[name] *= one.weight
+    return loaded.eval()
 
 
 if __name__ == "__main__":

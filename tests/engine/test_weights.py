@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
+from tasks.engine.packed import unpacked
 from tasks.engine.stored import stored_tensors
 from tasks.engine.weights import stream, weights, write_safetensors
 from tests.pico import pico_model
@@ -131,3 +132,24 @@ def test_a_cut_file_is_corrupted(base: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(whole[:-100])
     with pytest.raises(Corrupted, match="cut off"):
         stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bit_rows_are_bitsandbytes_own(kind: str, nested: bool, tmp_path: Path) -> None:
+    """Blocks of 64 that begin and end within rows of 40; any rows, read alone."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    values = torch.randn(1000, 40)
+    packed, state = quantize_4bit(values.bfloat16(), quant_type=kind, compress_statistics=nested, blocksize=64)
+    parts = {f"w.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+    save_file({"w": packed, "b": torch.zeros(3), **parts}, tmp_path / "model.safetensors")
+    found = unpacked(stored_tensors(tmp_path))
+    assert list(found) == ["b", "w"]
+    assert (found["w"].shape, found["w"].dtype) == ((1000, 40), torch.bfloat16)
+    state.dtype = torch.float32
+    expected = dequantize_4bit(packed, state)
+    assert torch.equal(found["w"].rows(), expected)
+    for start, stop in [(0, 1), (1, 4), (7, 8), (990, 1000), (3, 900)]:
+        assert torch.equal(found["w"].rows(start, stop), expected[start:stop])

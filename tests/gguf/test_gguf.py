@@ -6,7 +6,6 @@ Six layers: llama.cpp takes every sixth Gemma-3 layer for a global one, and abor
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -16,44 +15,14 @@ import pytest
 from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import write_rows
 from tasks.engine.llama import LlamaInput, llama_logits, silenced
 from tasks.gguf import GgufConfig
-from tasks.gguf.hf import convert_hf
+from tasks.gguf.convert import converting
 from tasks.gguf.metadata import read_origin
-from tasks.gguf.proof import prove
-from tasks.gguf.quantize import plan, sentence
+from tasks.gguf.proof import Proof
 from tasks.gguf.run import convert
-from tests.merge.test_merge import pico_rows
-from tests.pico import pico_model
-
-# A random model's logits lie close together: quantization moves which comes first, so only the KL is held tightly.
-LOOSE = {"min_top1": 0.3, "proof_rows": 4}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dataset")
-    write_rows(directory / "test.jsonl", pico_rows(8))
-    (directory / "provenance.json").write_text('{"commit": "abc", "inputs": {"files": {"name": "' + 64 * "a" + '"}}}')
-    return directory
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico_model(tmp_path_factory.mktemp("gguf") / "narrow", hidden=64, layers=6)
-
-
-@pytest.fixture(scope="module")
-def bf16(narrow: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stage's command with kind BF16: a GGUF that the other kinds are quantized from."""
-    directory = tmp_path_factory.mktemp("bf16")
-    (directory / "config.json").write_text(GgufConfig(kind="BF16", **LOOSE).model_dump_json())
-    command = [sys.executable, "-m", "tasks.gguf.run", str(directory / "config.json"), "--model", str(narrow)]
-    ran = subprocess.run([*command, "--dataset", str(dataset), "--out", str(directory / "out")], capture_output=True)
-    assert ran.returncode == 0, ran.stderr.decode()
-    assert b"llama" not in ran.stdout + ran.stderr  # its messages are in the log, not on the terminal
-    return directory / "out"
+from tests.gguf.architectures import gemma3_float32
+from tests.gguf.conftest import LOOSE
 
 
 def types(file: Path) -> dict[str, str]:
@@ -64,6 +33,10 @@ def test_bf16_is_the_model(bf16: Path) -> None:
     report = json.loads((bf16 / "report.json").read_text())
     assert report["facts"]["mean_kl"] < 1e-4
     assert report["facts"]["bytes"] == (bf16 / "model.gguf").stat().st_size
+    assert report["details"]["proof"]["prompts"] == 4  # llama.cpp's chat template makes the same prompts
+    assert "<start_of_turn>model" in (bf16 / "Modelfile").read_text()
+    assert "--jinja --ctx-size 2048" in (bf16 / "serve.sh").read_text()
+    assert "On 4 held-out rows llama.cpp" in (bf16 / "README.md").read_text()
     found = types(bf16 / "model.gguf")
     assert found["blk.0.ffn_up.weight"] == "BF16"
     assert found["blk.0.attn_norm.weight"] == "F32"
@@ -79,99 +52,156 @@ def test_metadata_says_where_it_came_from(bf16: Path) -> None:
     assert "stillhouse.commit" in origin
 
 
-@pytest.mark.parametrize(("kind", "max_kl"), [("Q8_0", 0.001), ("Q4_K_M", 0.05), ("Q4_0", 0.05)])
+@pytest.mark.parametrize(("kind", "max_kl"), [("Q8_0", 0.001), ("Q4_K_M", 0.05)])
 def test_quantized_from_the_bf16(
     kind: str, max_kl: float, narrow: Path, bf16: Path, dataset: Path, tmp_path: Path
 ) -> None:
     job, out = Job(tmp_path / "work"), tmp_path / "out"
     out.mkdir()
-    config = GgufConfig(kind=kind, **LOOSE)
-    report = convert(config, ModelDir(narrow), dataset, out, job, source=bf16)
+    config = GgufConfig(kind=kind, name="another name", **LOOSE)
+    report = convert(config, ModelDir(narrow), out, job, dataset, source=bf16)
     assert report.metrics["mean_kl"] < max_kl
-    assert not report.warnings  # planned is what was found
+    assert not report.warnings
     found = types(out / "model.gguf")
     if kind == "Q4_K_M":  # rows of 64 and 128: q4_K becomes q5_0, q6_K becomes q8_0
         assert {found["blk.0.attn_q.weight"], found["token_embd.weight"]} == {"Q5_0", "Q8_0"}
-        assert report.facts["fell_back"] == 6 * 7 + 1
-        assert "43 tensors fall back: their rows (64, 128 values)" in report.details["plan"]
-        assert "43 tensors fall back" in (job.work / "events.jsonl").read_text()
+        assert report.facts["fell_back"] == 6 * 7
+        assert "42 tensors fall back (Q4_K becomes Q5_0, Q6_K becomes Q8_0)" in report.details["plan"]
+        assert "42 tensors fall back" in (job.work / "events.jsonl").read_text()
+        page = (out / "report" / "plan.md").read_text()
+        assert "| blk.*.attn_v.weight | 2, 5 | 64 x 32 | BF16 | Q6_K | **Q8_0** | 2176 |" in page
+        assert f"| Q4_K_M | 0.2 | {(out / 'model.gguf').stat().st_size // 10**5}" in page  # and every other kind
     else:
         assert found["blk.0.attn_q.weight"] == kind
         assert report.facts["fell_back"] == 0
     assert json.loads(read_origin(out / "model.gguf")["stillhouse.config"])["kind"] == kind
-    rows = json.loads((out / "report" / "plan.json").read_text())["tensors"]
-    assert {row["name"]: row["found"] for row in rows} == found
-    assert all(row["planned"] == row["found"] for row in rows)
+    reader = gguf.GGUFReader(out / "model.gguf")
+    assert reader.fields["general.name"].contents() == "another name"
+    rows = json.loads((out / "report" / "plan.json").read_text())
+    assert {row["name"]: row["type"] for row in rows["tensors"]} == found
+    assert rows["bytes"] == (out / "model.gguf").stat().st_size
 
 
-def test_rows_of_256_keep_the_k_quants(dataset: Path, tmp_path: Path) -> None:
-    model = pico_model(
-        tmp_path / "wide", hidden=256, layers=6, intermediate_size=256, head_dim=128, query_pre_attn_scalar=128
-    )
+def test_a_float32_model_on_the_grid_is_kept_bit_for_bit(dataset: Path, bf16: Path, tmp_path: Path) -> None:
+    """Weights that Q4_0 (and, in the embedding, Q8_0) has exactly are the same after conversion, to the last bit."""
+    from safetensors.torch import load_file, save_file
+
+    from tasks.engine.ggml_blocks import dequantize, quantize
+
+    model = gemma3_float32(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2:
+            tensors[name] = dequantize(*quantize(tensor, "Q8_0" if "embed" in name else "Q4_0"))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out"
     out.mkdir()
-    report = convert(GgufConfig(kind="Q4_K_M", **LOOSE), ModelDir(model), dataset, out, Job(tmp_path / "work"))
-    assert report.facts["fell_back"] == 0
-    assert set(report.details["types"]) == {"F32", "Q4_K", "Q6_K"}
-    assert not report.warnings
-    assert report.metrics["mean_kl"] < 0.2
+    config = GgufConfig(kind="Q4_0", max_mean_kl=1e-4, **LOOSE)
+    report = convert(config, ModelDir(model), out, Job(tmp_path / "work"), dataset, source=bf16)
+    assert "stored in F32, which BF16 would round" in report.warnings[0]
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    for name, own in (("token_embd", "embed_tokens"), ("blk.3.ffn_down", "layers.3.mlp.down_proj")):
+        found = gguf.dequantize(read[f"{name}.weight"].data, read[f"{name}.weight"].tensor_type)
+        np.testing.assert_array_equal(found, tensors[f"model.{own}.weight"].numpy())
+    norm = read["blk.3.attn_norm.weight"].data
+    np.testing.assert_array_equal(norm, tensors["model.layers.3.input_layernorm.weight"].numpy() + np.float32(1))
+
+
+def test_overrides_and_budgets(narrow: Path, bf16: Path, tmp_path: Path) -> None:
+    """Single tensors by name; a size that is kept before anything is written; the best kind for a size or quality."""
+    job, out = Job(tmp_path / "work"), tmp_path / "out"
+    out.mkdir()
+    config = GgufConfig(
+        kind="Q4_0", embedding_type="Q5_1", overrides={r"blk\.0\..*ffn": "Q8_0", "attn_v": "Q6_K"}, budget_mb=0.3,
+        max_mean_kl=0.1, min_top1=0.3,
+    )  # fmt: skip
+    report = convert(config, ModelDir(narrow), out, job, source=bf16)
+    found = types(out / "model.gguf")
+    assert [found[name] for name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.1.ffn_up.weight")] == [
+        "Q5_1", "Q8_0", "Q4_0"
+    ]  # fmt: skip
+    assert found["blk.2.attn_v.weight"] == "Q8_0"  # 64 is no multiple of 256
+    assert any("built-in texts" in warning for warning in report.warnings)  # no dataset was given
+    with pytest.raises(BadConfig, match=r"no file fits budget_mb=0.01: Q8_0 would have 0\.\d MB"):
+        convert(GgufConfig(kind="Q8_0", budget_mb=0.01), ModelDir(narrow), out, job, source=bf16)
+    sizes = GgufConfig(kind="auto", budget_mb=0.24, max_mean_kl=None)
+    quality = GgufConfig(kind="auto", max_mean_kl=0.0002, min_top1=0.3)
+    from tasks.gguf.choice import candidates
+
+    with converting(bf16 / "model.gguf", "pico", job) as conversion:
+        (best,) = candidates(sizes, conversion, {}, None)
+        assert best.wanted.kind == "Q5_K_M"  # Q6_K and Q8_0 have 0.28 MB
+        assert best.bytes <= 240_000
+        order = candidates(quality, conversion, {}, None)
+        assert [plan.bytes for plan in order] == sorted(plan.bytes for plan in order)
+    with pytest.raises(ValueError, match="auto needs a budget"):
+        GgufConfig(kind="auto")
+
+
+def test_auto_takes_the_smallest_that_keeps_the_quality(
+    narrow: Path, bf16: Path, dataset: Path, tmp_path: Path
+) -> None:
+    config = GgufConfig(kind="auto", max_mean_kl=0.0004, min_top1=0.3, proof_rows=2)
+    report = convert(config, ModelDir(narrow), tmp_path, Job(tmp_path / "work"), dataset, source=bf16)
+    assert report.metrics["mean_kl"] <= 0.0004
+    assert report.facts["format"] not in ("Q3_K_S", "BF16")
+    assert "next is" in (tmp_path / "work" / "events.jsonl").read_text()  # smaller ones were tried and proven worse
+
+
+def broken_copy(bf16: Path, directory: Path) -> tuple[Path, gguf.GGUFReader]:
+    file = Path(shutil.copy(bf16 / "model.gguf", directory))
+    return file, gguf.GGUFReader(file, "r+")
 
 
 def test_a_broken_file_does_not_pass(narrow: Path, bf16: Path, dataset: Path, tmp_path: Path) -> None:
-    broken = Path(shutil.copy(bf16 / "model.gguf", tmp_path))
-    config = GgufConfig(kind="BF16", min_top1=0.01, proof_rows=2)
-    reader = gguf.GGUFReader(broken, "r+")
+    broken, reader = broken_copy(bf16, tmp_path)
+    proof = Proof(GgufConfig(kind="BF16", proof_rows=2), narrow, dataset, Job(tmp_path / "work"))
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     tensor.data[:] = np.roll(tensor.data, 1, axis=0)
     reader.data.flush()
     with pytest.raises(GateFailed, match=r"BF16 GGUF does not agree .* mean KL \d"):
-        prove(config, broken, narrow, dataset, Job(tmp_path / "work"))
+        proof(broken).gate("the BF16 GGUF", 0.01, 0.01)
     norm = next(tensor for tensor in reader.tensors if tensor.name == "output_norm.weight")
     norm.data[:] = np.nan
     reader.data.flush()
     with pytest.raises(GateFailed, match=r"[1-9]\d* tokens with NaN"):
-        prove(config, broken, narrow, dataset, Job(tmp_path / "work"))
+        proof(broken).gate("the BF16 GGUF", 0.01, 0.01)
     broken.write_bytes(broken.read_bytes()[:-5000])
     with pytest.raises(GateFailed, match=r"could not run model.gguf: .*"):
-        prove(config, broken, narrow, dataset, Job(tmp_path / "work"))
+        proof(broken)
 
 
 def test_other_token_ids_do_not_pass(narrow: Path, bf16: Path, dataset: Path, tmp_path: Path) -> None:
-    broken = Path(shutil.copy(bf16 / "model.gguf", tmp_path))
-    reader = gguf.GGUFReader(broken, "r+")
+    proof = Proof(GgufConfig(kind="BF16", proof_rows=2), narrow, dataset, Job(tmp_path / "work"))
+    broken, reader = broken_copy(bf16, tmp_path)
     field = reader.fields["tokenizer.ggml.token_type"]
     field.parts[field.data[4]][0] = gguf.TokenType.NORMAL  # <start_of_turn> as plain text
     reader.data.flush()
     with pytest.raises(GateFailed, match=r"tokenizes 2 of 2 conversations otherwise .* at token 1"):
-        prove(GgufConfig(kind="BF16", proof_rows=2), broken, narrow, dataset, Job(tmp_path / "work"))
-
-
-def test_the_converter_says_why_it_refuses(narrow: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(narrow, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"]}))
-    with pytest.raises(BadConfig, match=r"refused .*NoSuchForCausalLM"):
-        convert_hf(model, "BF16", "pico", tmp_path / "x.gguf", Job(tmp_path / "work"))
+        proof(broken)
+    broken, reader = broken_copy(bf16, tmp_path)
+    template = reader.fields["tokenizer.chat_template"]
+    text = template.parts[template.data[0]]
+    text[:] = np.frombuffer(bytes(text).replace(b"<end_of_turn>\n", b"<end_of_turn> "), np.uint8)
+    reader.data.flush()
+    with pytest.raises(GateFailed, match=r"chat template makes another prompt of row 0 .* at token \d"):
+        proof(broken)
 
 
 def test_inputs_that_do_not_fit(narrow: Path, dataset: Path, tmp_path: Path) -> None:
     job = Job(tmp_path / "work")
     with pytest.raises(BadConfig, match="run the merge stage first"):
-        convert(GgufConfig(), ModelDir(narrow, narrow), dataset, tmp_path, job)
+        convert(GgufConfig(), ModelDir(narrow, narrow), tmp_path, job, dataset)
     with pytest.raises(BadConfig, match=r"holds no model.gguf"):
-        convert(GgufConfig(), ModelDir(narrow), dataset, tmp_path, job, source=tmp_path)
+        convert(GgufConfig(), ModelDir(narrow), tmp_path, job, dataset, source=tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"nothing")
-    with pytest.raises(BadConfig, match=r"could not quantize model.gguf to Q8_0: .+"):
-        convert(GgufConfig(), ModelDir(narrow), dataset, tmp_path, job, source=tmp_path)
-
-
-def test_the_plan_writes_nothing(bf16: Path, tmp_path: Path) -> None:
-    job = Job(tmp_path / "work")
-    planned = plan(bf16 / "model.gguf", "Q6_K", job)
-    assert {tensor.target for tensor in planned} == {"F32", "Q8_0"}
-    assert sentence(planned, "Q6_K").startswith("Q6_K: 37 F32, 43 Q8_0; 43 tensors fall back")
-    assert not list(job.work.glob("*.gguf"))
+    with pytest.raises(BadConfig, match=r"could not be converted: .* is no GGUF"):
+        convert(GgufConfig(), ModelDir(narrow), tmp_path, job, dataset, source=tmp_path)
+    unknown = shutil.copytree(narrow, tmp_path / "unknown")
+    config = json.loads((narrow / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchForCausalLM"]}))
+    with pytest.raises(BadConfig, match=r"NoSuchForCausalLM"), converting(unknown, "pico", job):
+        pass
 
 
 def test_logits_are_read_per_row(bf16: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The merge stage on a pico Gemma-3: what is written, that it says what the adapter said, and when it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tasks.core.errors import GateFailed
+from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
 from tasks.engine.agreement import Agreement, held_out
 from tasks.engine.stored import stored_tensors
-from tasks.engine.weights import stream
+from tasks.engine.weights import stream, weights
 from tasks.merge import MergeConfig
-from tasks.merge.run import check_inventory, merge
-from tests.engine.test_weights import adapter_of
+from tasks.merge.run import check_inventory, copy_companions, merge, write_shards
+from tests.engine.test_weights import adapter_of, peft_merge
+from tests.gguf.architectures import gemma3n
 from tests.pico import pico_model
 
 # A random model's logits lie so close together that rounding to bfloat16 changes the first of them now and then.
@@ -92,6 +94,110 @@ def test_out_of_budget_fails_with_the_numbers(model: ModelDir, dataset: Path, tm
     config = MergeConfig(max_mean_kl=1e-12, min_top1=0.1)
     with pytest.raises(GateFailed, match=r"mean KL \d.*at most 1e-12.*top-1 agreement"):
         merge(config, model, dataset, tmp_path, Job(tmp_path / "work"))
+
+
+def test_several_weighted_adapters_and_their_errors(model: ModelDir, dataset: Path, tmp_path: Path) -> None:
+    """W + sum of w_i (W_i - W), as peft runs the adapters together; what has no such sum is refused."""
+    other = adapter_of(model.base, tmp_path / "other", use_rslora=True, target_modules=["q_proj", "up_proj"])
+    config = MergeConfig(weight=0.5, adapter_weights={"other": -0.25}, **LOOSE)
+    out = tmp_path / "out"
+    out.mkdir()
+    report = merge(config, model, dataset, out, Job(tmp_path / "work"), adapters={"other": ModelDir(other)})
+    assert report.metrics["mean_kl"] < 0.01
+    base, written = load_file(model.base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert model.adapter is not None
+    alone = [peft_merge(model.base, adapter) for adapter in (model.adapter, other)]
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        original = base[name].float()
+        expected = original + 0.5 * (alone[0][name] - original) - 0.25 * (alone[1][name] - original)
+        torch.testing.assert_close(written[name].float(), expected, rtol=2**-7, atol=1e-6)
+    dora = adapter_of(model.base, tmp_path / "dora", use_dora=True, target_modules=["q_proj"])
+    for config, adapters, message in [
+        (MergeConfig(), {"dora": ModelDir(dora)}, "DoRA adapter: .* no weighted sum"),
+        (MergeConfig(adapter_weights={"nobody": 1.0}), {}, "names 'nobody', but --adapters gives none"),
+    ]:
+        with pytest.raises(BadConfig, match=message):
+            merge(config, model, dataset, out, Job(tmp_path / "work"), adapters=adapters)
+
+
+def test_a_base_in_four_bits_becomes_a_16_bit_model(model: ModelDir, dataset: Path, tmp_path: Path) -> None:
+    """Each matrix is what bitsandbytes reads there plus the adapter, rounded once; the rest is as it was."""
+    import bitsandbytes
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    assert model.adapter is not None
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    packed = AutoModelForCausalLM.from_pretrained(model.base, quantization_config=nf4, dtype=torch.bfloat16)
+    packed.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(model.base).save_pretrained(tmp_path / "base")
+    out = tmp_path / "out"
+    out.mkdir()
+    four_bit = ModelDir(tmp_path / "base", model.adapter)
+    report = merge(MergeConfig(**LOOSE), four_bit, dataset, out, Job(tmp_path / "work"))
+    assert report.metrics["mean_kl"] < 0.01  # against bitsandbytes' own layers with peft's adapter
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    written, base = load_file(out / "model.safetensors"), load_file(model.base / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in written.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    assert torch.equal(written["model.norm.weight"], base["model.norm.weight"])
+    merged, original = peft_merge(model.base, model.adapter), base["model.layers.1.mlp.down_proj.weight"].float()
+    weight = packed.model.layers[1].mlp.down_proj.weight
+    state = weight.quant_state
+    state.dtype = torch.float32
+    read = bitsandbytes.functional.dequantize_4bit(weight.data, state)
+    delta = merged["model.layers.1.mlp.down_proj.weight"] - original
+    expected = (read + delta).bfloat16()
+    assert (written["model.layers.1.mlp.down_proj.weight"] != expected).float().mean() < 1e-2  # an ulp at a tie
+
+
+def test_gemma_3n_keeps_every_tensor_and_its_class(tmp_path: Path) -> None:
+    """Per-layer embeddings and towers are there afterwards, under the conditional class's name."""
+    base = gemma3n(tmp_path / "base")
+    text = gemma3n(tmp_path / "text", conditional=False)
+    adapter = adapter_of(text, tmp_path / "adapter")
+    exact = peft_merge(text, adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    from safetensors.torch import save_file
+
+    renamed = {name.replace(".model.model.", ".model.model.language_model."): one for name, one in tensors.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    out.mkdir()
+    written = list(weights(ModelDir(base, adapter)))
+    write_shards(written, out, 10**9, Job(tmp_path / "work"))
+    copy_companions(ModelDir(base, adapter), out)
+    check_inventory(base, out)
+    found, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    for name in ("model.language_model.embed_tokens_per_layer.weight", "model.vision_tower.stem.weight"):
+        assert torch.equal(found[name], before[name])
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Gemma3nForConditionalGeneration"]
+    for name in ("layers.3.self_attn.q_proj", "layers.5.mlp.down_proj"):
+        one = found[f"model.language_model.{name}.weight"]
+        torch.testing.assert_close(one.float(), exact[f"model.{name}.weight"], rtol=2**-7, atol=1e-6)
+    assert sum(weight.changed for weight in written) == 6 * 7
+
+
+@pytest.mark.parametrize("remedy", ["rescale", "clip"])
+def test_a_remedy_is_applied_and_its_cost_measured(remedy: str, model: ModelDir, dataset: Path, tmp_path: Path) -> None:
+    """The rescale leaves the function alone; clipping the norms at their median does not, and the gate says so."""
+    config = MergeConfig(remedy=remedy, clip_percentile=51, **LOOSE)
+    if remedy == "clip":
+        base = tmp_path / "base"
+        shutil.copytree(model.base, base)
+        tensors = load_file(base / "model.safetensors")
+        noise = torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            if tensor.dim() == 1:
+                tensors[name] = (3 * torch.randn(tensor.shape, generator=noise)).bfloat16()
+        from safetensors.torch import save_file
+
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(GateFailed, match=r"mean KL \d"):
+            merge(config, ModelDir(base, model.adapter), dataset, tmp_path, Job(tmp_path / "work"))
+        return
+    report = merge(config, model, dataset, tmp_path, Job(tmp_path / "work"))
+    assert report.metrics["mean_kl"] < 0.01
+    plain = dict(stream(model))["model.embed_tokens.weight"]
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], plain / 32)
 
 
 def test_a_missing_or_recast_tensor_is_found(model: ModelDir, dataset: Path, tmp_path: Path) -> None:

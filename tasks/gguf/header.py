@@ -1,0 +1,169 @@
+"""What stands before the tensors in a GGUF (github.com/ggml-org/ggml, docs/gguf.md), read and written as bytes.
+
+Values stay as they are stored: the 262 144 tokens of a vocabulary are copied, never unpacked into Python objects.
+"""
+
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.core.errors import BadConfig
+from tasks.gguf.kinds import TYPES, tensor_bytes
+
+MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+UINT32, STRING, ARRAY = 4, 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+BY_ID = {type_.id: name for name, type_ in TYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """A tensor in a file: `shape` with the row length first, `offset` in bytes from the file's beginning."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding that follows."""
+        return tensor_bytes(self.type, self.shape)
+
+
+class Header(NamedTuple):
+    """`values` by key, each as stored: its type (uint32) and what follows."""
+
+    values: dict[str, bytes]
+    tensors: list[TensorInfo]
+
+    def get(self, key: str, otherwise: Any = None) -> Any:
+        """The value as a Python number, string or list."""
+        return unpack(self.values[key]) if key in self.values else otherwise
+
+
+def read_header(file: Path) -> Header:
+    """Raises BadConfig for a file that is no GGUF of version 3, or that is cut off."""
+    with file.open("rb") as opened:
+        data = opened.read(64 << 20)
+        try:
+            return _parse(data, file)
+        except (struct.error, IndexError):
+            data += opened.read()
+    try:
+        return _parse(data, file)
+    except (struct.error, IndexError) as error:
+        raise BadConfig(f"{file} is cut off: make it again") from error
+
+
+def _parse(data: bytes, file: Path) -> Header:
+    if data[:4] != MAGIC or struct.unpack_from("<I", data, 4)[0] != VERSION:
+        raise BadConfig(f"{file} is no GGUF of version {VERSION}")
+    tensors, keys = struct.unpack_from("<QQ", data, 8)
+    at, values = 24, {}
+    for _ in range(keys):
+        key, at = _text(data, at)
+        end = _skip(data, at + 4, struct.unpack_from("<I", data, at)[0])
+        values[key] = data[at:end]
+        at = end
+    found = []
+    for _ in range(tensors):
+        name, at = _text(data, at)
+        (dimensions,) = struct.unpack_from("<I", data, at)
+        *shape, type_, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
+        at += 16 + 8 * dimensions
+        if type_ not in BY_ID:
+            raise BadConfig(f"{file}: {name} has ggml's type {type_}, which is none of {', '.join(TYPES)}")
+        found.append(TensorInfo(name, tuple(shape), BY_ID[type_], offset))
+    alignment = unpack(values["general.alignment"]) if "general.alignment" in values else ALIGNMENT
+    start = _padded(at, alignment)
+    return Header(values, [tensor._replace(offset=start + tensor.offset) for tensor in found])
+
+
+def _text(data: bytes, at: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", data, at)
+    if at + 8 + length > len(data):
+        raise IndexError
+    return data[at + 8 : at + 8 + length].decode(), at + 8 + length
+
+
+def _skip(data: bytes, at: int, type_: int) -> int:
+    """Where the value that begins at `at` ends."""
+    if type_ == STRING:
+        at += 8 + struct.unpack_from("<Q", data, at)[0]
+    elif type_ == ARRAY:
+        of, count = struct.unpack_from("<IQ", data, at)
+        at += 12
+        if of in SCALARS:
+            at += count * struct.calcsize("<" + SCALARS[of])
+        else:
+            for _ in range(count):
+                at = _skip(data, at, of)
+    else:
+        at += struct.calcsize("<" + SCALARS[type_])
+    if at > len(data):
+        raise IndexError
+    return at
+
+
+def unpack(value: bytes) -> Any:
+    """A stored value as a Python number, string or list of them."""
+    (type_,) = struct.unpack_from("<I", value)
+    if type_ == STRING:
+        return value[12:].decode()
+    if type_ != ARRAY:
+        return struct.unpack_from("<" + SCALARS[type_], value, 4)[0]
+    of, count = struct.unpack_from("<IQ", value, 4)
+    if of in SCALARS:
+        return list(struct.unpack_from(f"<{count}{SCALARS[of]}", value, 16))
+    if of != STRING:
+        raise BadConfig("a GGUF with arrays of arrays is not read")
+    texts, at = [], 16
+    for _ in range(count):
+        text, at = _text(value, at)
+        texts.append(text)
+    return texts
+
+
+def pack_text(text: str) -> bytes:
+    """A string as a stored value."""
+    encoded = text.encode()
+    return struct.pack("<IQ", STRING, len(encoded)) + encoded
+
+
+def pack_uint32(number: int) -> bytes:
+    """A uint32 as a stored value."""
+    return struct.pack("<II", UINT32, number)
+
+
+def write_header(values: dict[str, bytes], tensors: list[TensorInfo]) -> bytes:
+    """The bytes before the first tensor, padding included; offsets follow from the order of `tensors`."""
+    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(values))]
+    for key, value in values.items():
+        parts += [struct.pack("<Q", len(key.encode())), key.encode(), value]
+    offset = 0
+    for tensor in tensors:
+        name, shape = tensor.name.encode(), tensor.shape
+        head = struct.pack(f"<Q{len(name)}sI{len(shape)}Q", len(name), name, len(shape), *shape)
+        parts += [head, struct.pack("<IQ", TYPES[tensor.type].id, offset)]
+        offset += _padded(tensor.bytes)
+    data = b"".join(parts)
+    return data + padding(len(data))
+
+
+def file_bytes(values: dict[str, int], tensors: list[TensorInfo]) -> int:
+    """The whole file's size: header, keys and values, tensor infos, tensors, and the padding behind each.
+
+    `values` are the sizes of stored values by key.
+    """
+    texts = sum(8 + len(key.encode()) + size for key, size in values.items())
+    infos = sum(24 + len(tensor.name.encode()) + 8 * len(tensor.shape) for tensor in tensors)
+    return _padded(24 + texts + infos) + sum(_padded(tensor.bytes) for tensor in tensors)
+
+
+def padding(size: int) -> bytes:
+    """Zeros up to the next multiple of the alignment."""
+    return bytes(_padded(size) - size)
+
+
+def _padded(size: int, alignment: int = ALIGNMENT) -> int:
+    return -(-size // alignment) * alignment

@@ -1,0 +1,132 @@
+"""Importance matrices: kinds that need one, what it changes, and files that do not fit the model."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from tasks.core.errors import BadConfig
+from tasks.core.job import Job
+from tasks.engine.llama import LlamaInput, llama_logits
+from tasks.gguf import GgufConfig
+from tasks.gguf.choice import candidates, verdict_warnings
+from tasks.gguf.convert import Conversion, converting
+from tasks.gguf.header import read_header
+from tasks.gguf.imatrix import read_imatrix
+
+HEAVY = 8
+"""The first columns of every matrix, to which the test's importance matrix gives nearly all of the weight."""
+
+
+class _Writer(gguf.GGUFWriter):
+    def add_architecture(self) -> None:
+        pass  # an importance matrix has none
+
+
+def write_imatrix(path: Path, widths: dict[str, int], infinite: bool = False) -> Path:
+    """As llama-imatrix writes it: sums of squares and counts; the first columns count 10 000 times the others."""
+    writer = _Writer(path, arch="")
+    writer.add_string("general.type", "imatrix")
+    writer.add_array("imatrix.datasets", ["calibration.jsonl"])
+    writer.add_uint32("imatrix.chunk_count", 3)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, width in widths.items():
+        sums = np.full((1, width), 5.0, np.float32)
+        sums[0, :HEAVY] = np.inf if infinite else 50_000
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", np.array([[5.0]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture
+def bf16(files: Path) -> Path:
+    """Rows of 256: K- and IQ-types fit."""
+    return files / "gemma3_wide" / "BF16.ours"
+
+
+def matrices(conversion: Conversion) -> dict[str, int]:
+    shapes = conversion.skeleton.shapes
+    return {name: shape[0] for name, shape in shapes.items() if name.startswith("blk.") and len(shape) == 2}
+
+
+def values(file: Path, name: str) -> np.ndarray:
+    tensor = next(tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name == name)
+    return gguf.dequantize(tensor.data, tensor.tensor_type)
+
+
+def test_important_columns_are_kept_better(bf16: Path, tmp_path: Path) -> None:
+    """With the matrix the heavy columns' errors shrink; the file says that it was used, and is as long as planned."""
+    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+        imatrix = write_imatrix(tmp_path / "imatrix.gguf", matrices(conversion))
+        assert read_imatrix(imatrix).weights["blk.0.attn_q.weight"][[0, HEAVY]].tolist() == [10_000, 1]
+        errors = {}
+        for used in (None, imatrix):
+            wanted = conversion.skeleton.wanted("Q4_K_M", imatrix=used is not None)
+            plan = conversion.plan(wanted, imatrix=used)
+            target = tmp_path / f"{bool(used)}.gguf"
+            conversion.write(plan, target)
+            assert plan.bytes == target.stat().st_size
+            exact = values(bf16, "blk.3.ffn_up.weight")
+            errors[used] = ((values(target, "blk.3.ffn_up.weight") - exact)[:, :HEAVY] ** 2).mean()
+    assert errors[imatrix] < 0.7 * errors[None]
+    header = read_header(tmp_path / "True.gguf")
+    assert header.get("quantize.imatrix.entries_count") == 8 * 7
+    assert header.get("quantize.imatrix.dataset") == "calibration.jsonl"
+    assert header.get("quantize.imatrix.chunks_count") == 3
+    np.testing.assert_array_equal(  # no importance for the embedding: as without
+        values(tmp_path / "True.gguf", "token_embd.weight"), values(tmp_path / "False.gguf", "token_embd.weight")
+    )
+
+
+@pytest.mark.parametrize("kind", ["IQ3_XXS", "IQ1_M", "Q2_K_S"])
+def test_low_kinds_need_one_and_run_in_llama_cpp(kind: str, bf16: Path, tmp_path: Path) -> None:
+    config = GgufConfig(kind=kind)
+    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+        with pytest.raises(ValueError, match=f"{kind} needs an importance matrix.*--outliers DIR"):
+            candidates(config, conversion, {}, None)
+        imatrix = write_imatrix(tmp_path / "imatrix.gguf", matrices(conversion))
+        (plan,) = candidates(config, conversion, {}, imatrix)
+        conversion.write(plan, tmp_path / "low.gguf")
+    assert plan.bytes == (tmp_path / "low.gguf").stat().st_size
+    (output,) = llama_logits(tmp_path / "low.gguf", [LlamaInput("Close", [2, 9, 30], 1)], tmp_path / "log")
+    assert np.isfinite(output.logits).all()
+
+
+def test_what_does_not_fit_is_said(bf16: Path, tmp_path: Path) -> None:
+    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+        other = write_imatrix(tmp_path / "imatrix.gguf", dict.fromkeys(matrices(conversion), 64))
+        plan = conversion.plan(conversion.skeleton.wanted("Q4_0", imatrix=True), imatrix=other)
+        with pytest.raises(BadConfig, match=r"has 64 values for blk.*another model"):
+            conversion.write(plan, tmp_path / "x.gguf")
+    with pytest.raises(BadConfig, match="is no importance matrix"):
+        read_imatrix(bf16)
+    with pytest.raises(BadConfig, match="not finite"):
+        read_imatrix(write_imatrix(tmp_path / "infinite.gguf", {"blk.0.attn_q.weight": 64}, infinite=True))
+
+
+def test_an_override_can_need_one(bf16: Path, tmp_path: Path) -> None:
+    config = GgufConfig(kind="Q4_K_M", overrides={"ffn_up": "IQ2_XS"})
+    with (
+        converting(bf16, "pico", Job(tmp_path)) as conversion,
+        pytest.raises(ValueError, match=r"IQ2_XS for blk\.0\.ffn_up.weight needs an importance matrix"),
+    ):
+        candidates(config, conversion, {}, None)
+
+
+def test_the_verdict_warns(tmp_path: Path) -> None:
+    assert "65504" in verdict_warnings("F16", None)[0]
+    assert not verdict_warnings("Q8_0", None)
+    safe, unsafe = ({"verdict": word, "because": ["peak 1e5"], "do": ["use BF16"]} for word in ("safe", "unsafe"))
+    targets = {"gguf_cpu": safe, "gguf_fp16": unsafe, "fp16": unsafe}
+    verdict = {"focus": "student", "models": {"student": {"targets": targets}}}
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    assert verdict_warnings("Q8_0", tmp_path) == [
+        "student is unsafe on a backend that multiplies in float16: peak 1e5. use BF16"
+    ]
+    assert len(verdict_warnings("F16", tmp_path)) == 2

@@ -1,0 +1,59 @@
+"""The stage's files against those of llama.cpp's converter and quantizer: the same bytes, for every architecture.
+
+Every file is compared whole: magic, metadata in its order, names, shapes, types, offsets, padding, values.
+"""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+
+from tasks.core.job import Job
+from tasks.gguf.convert import converting
+from tasks.gguf.kinds import KINDS, TYPES, FileType, TensorType
+from tests.gguf.architectures import ARCHITECTURES
+
+NAMES = [architecture.__name__ for architecture in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_byte_is_llama_cpps(name: str, files: Path) -> None:
+    oracles = sorted((files / name).glob("*.oracle"))
+    planned = json.loads((files / name / "planned.json").read_text())
+    assert len(oracles) == len(planned) >= 4
+    for oracle in oracles:
+        assert planned[oracle.stem] == oracle.stat().st_size  # known before it was written
+        assert_same(oracle.with_suffix(".ours"), oracle)
+
+
+def test_a_source_gives_the_same_files(files: Path, tmp_path: Path) -> None:
+    """Quantized from the BF16 file instead of the model."""
+    place = files / "gemma3_wide"
+    with converting(place / "BF16.oracle", "pico", Job(tmp_path)) as conversion:
+        for kind in ("Q8_0", "Q4_K_M"):
+            conversion.write(conversion.plan(conversion.skeleton.wanted(kind)), tmp_path / "ours.gguf")
+            assert_same(tmp_path / "ours.gguf", place / f"{kind}.oracle")
+
+
+def assert_same(ours: Path, oracle: Path) -> None:
+    if ours.read_bytes() == oracle.read_bytes():
+        return
+    a, b = gguf.GGUFReader(ours), gguf.GGUFReader(oracle)
+    assert list(a.fields) == list(b.fields), oracle
+    assert {k: v.contents() for k, v in a.fields.items()} == {k: v.contents() for k, v in b.fields.items()}, oracle
+    assert [(t.name, t.shape.tolist(), t.tensor_type) for t in a.tensors] == [
+        (t.name, t.shape.tolist(), t.tensor_type) for t in b.tensors
+    ], oracle
+    for x, y in zip(a.tensors, b.tensors, strict=True):
+        assert x.data.tobytes() == y.data.tobytes(), (oracle, x.name)
+    raise AssertionError(f"{oracle} differs in its padding or offsets")
+
+
+def test_the_tables_are_gguf_pys() -> None:
+    for name, own in TYPES.items():
+        number = gguf.GGMLQuantizationType[name]
+        assert own == TensorType(int(number), *gguf.GGML_QUANT_SIZES[number])
+    for name, kind in KINDS.items():
+        number = gguf.LlamaFileType[f"{'ALL' if name == 'F32' else 'MOSTLY'}_{name}"]
+        assert kind == FileType(int(number), kind.default)
