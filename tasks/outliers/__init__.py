@@ -1,4 +1,6 @@
-"""Outliers: what in a model's weights quantization could break, tensor by tensor, and where it came from."""
+"""Outliers: what quantization could break in a model, in which tensor, where it came from, and what to do about it."""
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -6,11 +8,27 @@ from tasks.core.config import StageConfig
 
 
 class OutlierConfig(StageConfig):
-    """What counts as an outlier, and how much of it is shown."""
+    """What is looked at, how closely, and how much of it is shown."""
 
     sigmas: float = Field(default=6.0, gt=0)
     """A value further from the tensor's mean than this many standard deviations is counted as an outlier."""
     large_gain: float = Field(default=100.0, gt=1)
     """A norm whose largest gain (the value that multiplies) reaches this is named in the verdict."""
     top: int = Field(default=15, ge=1, le=1000)
-    """Rows in each of the report's tables; `outliers.json` always has every tensor."""
+    """Rows in each of the report's tables; `weights.json` always has every tensor."""
+    sample_values: int = Field(default=65_536, ge=0)
+    """Values of each matrix on which the error of each format is measured, in rows spread over it; 0 for none."""
+    focus: str = "student"
+    """The model to deliver: its importance matrix is written. Without one of this name it is the last one given."""
+    calibration_rows: int = Field(default=128, ge=0)
+    """Rows whose activations are looked at, of `calibration.jsonl` or else `train.jsonl`; 0 for weights alone."""
+    max_length: int = Field(default=2048, ge=16)
+    """Longer calibration rows are cut to this many tokens."""
+    measure: Literal["focus", "all", "none"] = "focus"
+    """Which models are tried on held-out rows: in float16, rescaled, clipped, 8-bit activations, AWQ's fold."""
+    measured_rows: int = Field(default=16, ge=1)
+    """Held-out rows of each trial."""
+    margin: float = Field(default=2.0, ge=1)
+    """How far below a limit the largest activation has to stay to count as safe: other rows may reach higher."""
+    clip_percentile: float = Field(default=99.0, gt=0, le=100)
+    """The percentile at which clipping limits a norm's gains, where it is tried."""

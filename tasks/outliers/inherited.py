@@ -45,32 +45,43 @@ def change(weight: Weight, base: Weight) -> dict[str, Any]:
     return {"changed": changed or largest > 0, "max_change": largest, "relative_change": relative}
 
 
-def verdict(name: str, tensors: list[dict[str, Any]], large_gain: float) -> list[str]:
+def sentences(name: str, tensors: list[dict[str, Any]], large_gain: float) -> list[str]:
     """What a person should know of one model, worst first; every sentence from the numbers in `tensors`."""
-    sentences = []
+    told = []
     for problem, what in (("nan", "NaN"), ("inf", "infinite values")):
         bad = [tensor for tensor in tensors if tensor[problem]]
         if bad:
             worst = max(bad, key=lambda tensor: tensor[problem])
-            sentences.append(f"{name} has {what} in {len(bad)} tensors ({worst['tensor']} first): do not use it")
+            told.append(f"{name} has {what} in {len(bad)} tensors ({worst['tensor']} first): do not use it")
     norms = [tensor for tensor in tensors if "gain" in tensor]
     if norms:
-        sentences.append(_about_norms(name, norms, large_gain))
+        told.append(_about_norms(name, norms, large_gain))
     if any("changed" in tensor for tensor in tensors):
         changed = [tensor for tensor in tensors if tensor.get("changed")]
         same = len(tensors) - len(changed)
-        sentences.append(f"{name} changed {len(changed)} of {len(tensors)} tensors and inherited {same} from its base")
+        told.append(f"{name} changed {len(changed)} of {len(tensors)} tensors and inherited {same} from its base")
     large = [tensor for tensor in tensors if tensor["float16_headroom"] and tensor["float16_headroom"] < 1]
     if large:
-        sentences.append(f"{name} has weights beyond float16's 65504 ({large[0]['tensor']}): store it in bfloat16")
-    blocked = [tensor for tensor in tensors if "error" in tensor]
+        told.append(f"{name} has weights beyond float16's 65504 ({large[0]['tensor']}): store it in bfloat16")
+    blocked = [tensor for tensor in tensors if "q4_0" in tensor.get("error", {})]
     if blocked:
         worst = max(blocked, key=lambda tensor: tensor["error"]["q4_0"])
-        sentences.append(
+        told.append(
             f"{name} loses most to Q4_0 in {worst['tensor']}: {worst['error']['q4_0']:.1%} of its root mean square "
             f"(Q8_0: {worst['error']['q8_0']:.2%})"
         )
-    return sentences
+    return told
+
+
+def stream_sentences(origins: dict[str, str], observed: dict[str, dict[str, Any]]) -> list[str]:
+    """How far each model's residual stream reaches, beside its base's on the same rows; `origins` are names."""
+    told = []
+    for name, seen in observed.items():
+        told.append(f"{name}'s residual stream reaches {seen['stream_peak']:.4g} on {seen['rows']} rows")
+        if origins.get(name) in observed:
+            before = observed[origins[name]]["stream_peak"]
+            told[-1] += f", its base's {before:.4g} ({seen['stream_peak'] / before - 1:+.1%})"
+    return told
 
 
 def _about_norms(name: str, norms: list[dict[str, Any]], large_gain: float) -> str:

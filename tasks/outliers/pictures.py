@@ -1,4 +1,4 @@
-"""The two pictures of the outlier report: gains of the norms by layer, and layers by tensor as a heat map."""
+"""The pictures of the outlier report: gains by layer and as a histogram, layers by tensor, headroom of the stream."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tasks.outliers.norms import layer, role
+from tasks.engine.norms import layer, role
+from tasks.outliers.targets import FLOAT8_MAX, FLOAT16_MAX
 
 Tensors = dict[str, list[dict[str, Any]]]
+Observed = dict[str, dict[str, Any]]
+
+
+def draw_all(models: Tensors, observed: Observed, directory: Path) -> None:
+    """Every picture that the numbers allow, into `directory`."""
+    draw_norms(models, directory / "norms.png")
+    draw_gains(models, directory / "gains.png")
+    draw_tensors(models, directory / "tensors.png")
+    if observed:
+        draw_stream(observed, directory / "stream.png")
 
 
 def draw_norms(models: Tensors, path: Path) -> None:
@@ -32,12 +43,45 @@ def draw_norms(models: Tensors, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_gains(models: Tensors, path: Path) -> None:
+    """How many gains of all norms lie where, one line a model, both axes logarithmic."""
+    figure, axis = plt.subplots(figsize=(9, 4.5))
+    edges = np.logspace(-8, 16, 49, base=2)
+    for name, tensors in models.items():
+        counts = np.sum(
+            [tensor["gain"]["histogram"] for tensor in tensors if "gain" in tensor] or [np.zeros(48)], axis=0
+        )
+        axis.stairs(counts, edges, label=name)
+    axis.set(title="Gains of all norms", xlabel="|gain|, the value that multiplies", ylabel="channels")
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=1)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
+def draw_stream(observed: Observed, path: Path) -> None:
+    """The largest magnitude in the residual stream by layer, one line a model, against what 16 and 8 bits can hold."""
+    figure, axis = plt.subplots(figsize=(9, 5))
+    for name, seen in observed.items():
+        peaks = [max(one["middle"]["value"], one["output"]["value"]) for one in seen["layers"]]
+        layers = [one["layer"] for one in seen["layers"]]
+        axis.plot([-1, *layers], [seen["embedding"]["value"], *peaks], marker="o", markersize=3, label=name)
+    axis.axhline(FLOAT16_MAX, color="crimson", linestyle="--", label="float16 ends: 65504")
+    axis.axhline(FLOAT8_MAX, color="darkorange", linestyle=":", label="float8 e4m3 ends: 448")
+    axis.set(title="Residual stream: largest magnitude on calibration rows", yscale="log")
+    axis.set(xlabel="layer (-1: embedding)", ylabel="largest |activation|")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    _save(figure, path)
+
+
 def draw_tensors(models: Tensors, path: Path) -> None:
     """Largest magnitude (left) and relative error of Q4_0 (right) for every matrix in every layer, one row a model."""
     figure, axes = plt.subplots(len(models), 2, figsize=(15, 1.5 + 4.5 * len(models)), squeeze=False)
     for row, (name, tensors) in zip(axes, models.items(), strict=True):
         _heat_map(row[0], f"{name}: largest magnitude", {t["tensor"]: t["max"] for t in tensors if len(t["shape"]) > 1})
-        errors = {t["tensor"]: t["error"]["q4_0"] for t in tensors if "error" in t}
+        errors = {t["tensor"]: t["error"]["q4_0"] for t in tensors if "q4_0" in t.get("error", {})}
         _heat_map(row[1], f"{name}: error of Q4_0 / root mean square", errors)
     _save(figure, path)
 

@@ -6,58 +6,64 @@ and counts follow from it exactly for bfloat16 and float16; float32 values are c
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tasks.engine.weights import Weight
-from tasks.outliers.blocks import BLOCK, block_errors, block_rows
+from tasks.outliers.formats import errors
+from tasks.outliers.ggml import becomes
 
 FLOAT16_MAX = 65504.0
-PIECE = 1 << 18  # values at a time: what fits into a core's cache
+PIECE = 1 << 19  # values at a time: what fits into a core's cache
 
 
-def describe(weight: Weight, sigmas: float) -> dict[str, Any]:
+def describe(weight: Weight, sigmas: float, sample_values: int) -> dict[str, Any]:
     """Numbers of a weight in effect; NaN and infinite values are counted and left out of the rest."""
     carrier = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
     histogram = torch.zeros(1 << 16, dtype=torch.int64)
     row_max = torch.empty(weight.shape[0] if weight.shape else 1)
     done = 0
     column_max = torch.zeros(math.prod(weight.shape[1:]))
-    errors = {"q8_0": 0.0, "q4_0": 0.0}
     for chunk in _pieces(weight):
-        patterns = chunk.to(carrier).view(torch.int16).reshape(-1).to(torch.int32) & 0xFFFF
-        histogram += torch.bincount(patterns, minlength=1 << 16)
-        values = chunk.float().nan_to_num_(0.0, 0.0, 0.0)
-        magnitudes = values.reshape(len(values), -1).abs()
-        row_max[done : done + len(values)] = magnitudes.amax(1)
-        done += len(values)
-        torch.maximum(column_max, magnitudes.amax(0), out=column_max)
-        blocks = block_rows(values)
-        if blocks is not None:
-            for kind, error in block_errors(blocks).items():
-                errors[kind] += error
+        patterns = chunk.to(carrier).view(torch.int16)
+        histogram += torch.bincount(patterns.reshape(-1).to(torch.int32).add_(1 << 15), minlength=1 << 16)
+        rows, columns = _maxima(chunk, patterns)
+        row_max[done : done + len(chunk)] = rows
+        done += len(chunk)
+        torch.maximum(column_max, columns, out=column_max)
     largest = float(column_max.max())
-    moments = _moments(histogram, carrier, sigmas)
     numbers: dict[str, Any] = {
         "tensor": weight.name,
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        **moments,
+        **_moments(histogram, carrier, sigmas),
         "max": largest,
         "float16_headroom": FLOAT16_MAX / largest if largest else None,
     }
     if len(weight.shape) > 1:
         numbers["worst_row"] = _worst(row_max)
         numbers["worst_column"] = _worst(column_max)
-        if weight.shape[-1] % BLOCK == 0:
-            energy = moments["numbers"] * (moments["std"] ** 2 + moments["mean"] ** 2)
-            numbers["error"] = {kind: (total / energy) ** 0.5 if energy else 0.0 for kind, total in errors.items()}
+    if len(weight.shape) == 2 and sample_values:
+        numbers["error"] = errors(sample(weight, sample_values))
+        numbers["becomes"] = {name: becomes(name.upper(), weight.shape[1]) for name in ("q4_k", "q6_k")}
     return numbers
 
 
-def gain(values: Tensor, adds_one: bool) -> dict[str, float]:
+def sample(weight: Weight, values: int) -> Tensor:
+    """About `values` of a matrix in float32: whole rows, evenly spread, NaN and infinity as 0."""
+    rows = max(1, min(weight.shape[0], values // weight.shape[1]))
+    if rows == weight.shape[0]:
+        return weight.rows().float().nan_to_num_(0.0, 0.0, 0.0)
+    runs = min(rows, 16)  # short runs of neighbours: rows one by one would be a read each
+    length = rows // runs
+    starts = [i * (weight.shape[0] - length) // max(1, runs - 1) for i in range(runs)]
+    return torch.cat([weight.rows(start, start + length) for start in starts]).float().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def gain(values: Tensor, adds_one: bool) -> dict[str, Any]:
     """A norm's gains, the values that multiply: largest, 99.9th percentile and mean of the magnitude, and smallest."""
     multiplier = (values.double() + 1 if adds_one else values.double()).abs()
     return {
@@ -66,7 +72,35 @@ def gain(values: Tensor, adds_one: bool) -> dict[str, float]:
         "mean": float(multiplier.mean()),
         "min": float(multiplier.min()),
         "channel": int(multiplier.argmax()),
+        "histogram": [int(n) for n in torch.histc(multiplier.clamp(min=1e-9).log2().clamp(-8, 15.99), 48, -8, 16)],
     }
+
+
+def rounding(values: Tensor, adds_one: bool) -> dict[str, float]:
+    """Relative root-mean-square error of a norm's gains once its weight is stored in 16 bits.
+
+    A gain near 0 that is stored as gain - 1 lies near -1, where bfloat16 has steps of 1/256 and float16 of 1/2048.
+    """
+    one = float(adds_one)
+    gains = values.double() + one
+    energy = float(gains.square().mean())
+    return {
+        str(dtype).removeprefix("torch."): (
+            float((values.to(dtype).double() + one - gains).nan_to_num(0.0, 1e4, 1e4).square().mean()) / energy
+        ) ** 0.5 if energy else 0.0
+        for dtype in (torch.bfloat16, torch.float16)
+    }  # fmt: skip
+
+
+def _maxima(chunk: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitudes by row and by column; without its sign a 16-bit float's pattern orders as its value does."""
+    if chunk.dtype in (torch.bfloat16, torch.float16):
+        unsigned = (patterns & 0x7FFF).reshape(len(chunk), -1)
+        rows, columns = (unsigned.amax(axis).view(chunk.dtype).float() for axis in (1, 0))
+        if bool(rows.isfinite().all()):
+            return rows, columns
+    magnitudes = chunk.float().nan_to_num_(0.0, 0.0, 0.0).abs_().reshape(len(chunk), -1)
+    return magnitudes.amax(1), magnitudes.amax(0)
 
 
 def _pieces(weight: Weight) -> Iterator[Tensor]:
@@ -77,32 +111,40 @@ def _pieces(weight: Weight) -> Iterator[Tensor]:
         yield from (rows[start : start + step] for start in range(0, len(rows), step))
 
 
+@cache
+def _values(carrier: torch.dtype) -> Tensor:
+    """The value of every pattern, from -32768 on, in float64."""
+    return torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(carrier).double()
+
+
 def _moments(histogram: Tensor, carrier: torch.dtype, sigmas: float) -> dict[str, Any]:
     """Moments in float64 and percentiles of the magnitude, from counts of bit patterns."""
-    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(carrier).double()
-    finite = values.isfinite()
-    not_finite = {"nan": int(histogram[values.isnan()].sum()), "inf": int(histogram[values.isinf()].sum())}
-    values, counts = values[finite], histogram[finite].double()
+    present = histogram.nonzero().squeeze(1)
+    values, counts = _values(carrier)[present], histogram[present].double()
+    nans, infs = (int(counts[which(values)].sum()) for which in (torch.isnan, torch.isinf))
+    found: dict[str, Any] = {"numbers": int(histogram.sum()), "nan": nans, "inf": infs}
+    if nans or infs:
+        values, counts = values[values.isfinite()], counts[values.isfinite()]
     n = float(counts.sum())
     if not n:
         nothing = dict.fromkeys(("mean", "mean_abs", "std", "p99", "p999", "beyond_sigmas"), 0.0)
-        return {"numbers": int(histogram.sum()), **not_finite, **nothing, "kurtosis": None}
-    mean = float((values * counts).sum() / n)
-    centred = values - mean
-    variance = float((centred.square() * counts).sum() / n)
-    fourth = float((centred.pow(4) * counts).sum() / n)
+        return {**found, **nothing, "kurtosis": None}
+    mean = float(values.dot(counts)) / n
+    squares = (values - mean).square()
+    variance = float(squares.dot(counts)) / n
+    fourth = float(squares.square().dot(counts)) / n
     magnitudes, order = values.abs().sort()
-    cumulative = counts[order].cumsum(0)
+    at = torch.searchsorted(counts[order].cumsum(0), torch.tensor([0.99 * n, 0.999 * n]).double())
+    p99, p999 = magnitudes[at].tolist()
     return {
-        "numbers": int(histogram.sum()),
-        **not_finite,
+        **found,
         "mean": mean,
-        "mean_abs": float((values.abs() * counts).sum() / n),
+        "mean_abs": float(values.abs().dot(counts)) / n,
         "std": variance**0.5,
         "kurtosis": fourth / variance**2 if variance else None,  # 3 for a normal distribution
-        "p99": float(magnitudes[torch.searchsorted(cumulative, 0.99 * n)]),
-        "p999": float(magnitudes[torch.searchsorted(cumulative, 0.999 * n)]),
-        "beyond_sigmas": int(counts[centred.abs() > sigmas * variance**0.5].sum()) if variance else 0,
+        "p99": p99,
+        "p999": p999,
+        "beyond_sigmas": int(counts[squares > sigmas**2 * variance].sum()) if variance else 0,
     }
 
 

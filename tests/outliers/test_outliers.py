@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tasks.engine.norms import ADD_ONE, adds_one, is_norm, layer, role
 from tasks.engine.stored import stored_tensors
 from tasks.engine.weights import Weight
+from tasks.gguf.ggml import to_type
 from tasks.outliers import OutlierConfig
-from tasks.outliers.blocks import block_errors
+from tasks.outliers.formats import NF4, errors
+from tasks.outliers.ggml import becomes, round_trip
 from tasks.outliers.inherited import bases
-from tasks.outliers.norms import ADD_ONE, adds_one, is_norm, layer, role
 from tasks.outliers.run import find_outliers
-from tasks.outliers.stats import describe, gain
+from tasks.outliers.stats import describe, gain, rounding, sample
 from tests.engine.test_weights import adapter_of
 from tests.pico import pico_model
 
@@ -48,7 +50,7 @@ def test_numbers_are_numpys(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tensor = torch.randn(300, 64).mul(0.02).to(dtype)
     tensor[17, 40] = 3.5
-    numbers = describe(weight_of(tensor, tmp_path), sigmas=6)
+    numbers = describe(weight_of(tensor, tmp_path), sigmas=6, sample_values=10**6)
     values = tensor.double().numpy().reshape(-1)
     loose = 4e-3 if dtype == torch.float32 else 1e-9
     centred = values - values.mean()
@@ -67,22 +69,64 @@ def test_numbers_are_numpys(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_not_finite_values_are_counted_apart(tmp_path: Path) -> None:
     tensor = torch.ones(4, 32)
     tensor[0, 0], tensor[1, 1], tensor[2, 2] = float("nan"), float("inf"), -float("inf")
-    numbers = describe(weight_of(tensor, tmp_path), sigmas=6)
+    numbers = describe(weight_of(tensor, tmp_path), sigmas=6, sample_values=0)
     assert (numbers["nan"], numbers["inf"], numbers["numbers"], numbers["max"]) == (1, 2, 128, 1.0)
     assert numbers["mean"] == 1.0
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
-def test_block_errors_are_gguf_pys(scale: float) -> None:
+def test_ggmls_round_trips_are_gguf_pys(scale: float) -> None:
     torch.manual_seed(0)
-    rows = torch.randn(500, 32) * scale * torch.rand(500, 1).exp()
+    rows = torch.randn(50, 256) * scale * torch.rand(50, 1).exp()
     rows[3] = 0
-    errors = block_errors(rows)
-    for kind in ("Q8_0", "Q4_0"):
+    for kind in ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q6_K"):
         quant = gguf.GGMLQuantizationType[kind]
-        back = gguf.quants.dequantize(gguf.quants.quantize(rows.numpy(), quant), quant)
-        expected = np.square(back.astype(np.float64) - rows.double().numpy()).sum()
-        assert errors[kind.lower()] == pytest.approx(expected, rel=1e-4)
+        packed = packed_by_ggml(kind, rows)
+        back = gguf.quants.dequantize(packed, quant).reshape(rows.shape)  # K-quants it can only read
+        assert np.array_equal(round_trip(kind, rows).numpy(), back)
+        if kind in ("Q8_0", "Q4_0"):
+            assert np.array_equal(packed, gguf.quants.quantize(rows.numpy(), quant).reshape(-1))
+
+
+def packed_by_ggml(kind: str, rows: torch.Tensor) -> np.ndarray:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return to_type(rows.numpy(), kind).reshape(-1, rows.shape[1] // block * size).reshape(-1)
+
+
+def test_the_other_formats_by_their_definitions() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(64, 128)
+    found = errors(rows)
+    assert set(found) == {"q8_0", "q4_0", "q4_k", "q6_k", "nf4", "int8"}
+    steps = rows.abs().amax(1, keepdim=True) / 127
+    expected = ((rows / steps).round() * steps - rows).square().mean().sqrt() / rows.square().mean().sqrt()
+    assert found["int8"] == pytest.approx(float(expected), rel=1e-5)
+    blocks = rows.reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    nearest = NF4[(blocks / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale
+    expected = (nearest - blocks).square().mean().sqrt() / rows.square().mean().sqrt()
+    assert found["nf4"] == pytest.approx(float(expected), rel=1e-5)
+    assert found["q8_0"] < found["int8"] < found["q4_k"] < found["q4_0"] < 0.1
+    assert becomes("Q4_K", 128) == "Q5_0" and becomes("Q6_K", 640) == "Q8_0" and becomes("Q4_K", 2048) == "Q4_K"
+    assert "q4_0" not in errors(torch.randn(64, 40)) and "int8" in errors(torch.randn(64, 40))
+
+
+def test_importance_weighs_channels() -> None:
+    """A channel through which nothing flows costs nothing, however badly a format keeps it."""
+    torch.manual_seed(0)
+    rows, importance = torch.randn(64, 128), torch.ones(128)
+    rows[:, 0] *= 100
+    importance[0] = 0
+    back = round_trip("Q4_0", rows)
+    noise, energy = (back - rows)[:, 1:].square().mean(), rows[:, 1:].square().mean()
+    assert errors(rows, importance)["q4_0"] == pytest.approx(float((noise / energy).sqrt()), rel=1e-4)
+
+
+def test_the_sample_is_spread_over_the_rows(tmp_path: Path) -> None:
+    tensor = torch.arange(1000.0).repeat(32, 1).T.contiguous()
+    taken = sample(weight_of(tensor, tmp_path), 32 * 200)[:, 0]
+    assert len(taken) == 192 and taken[0] == 0 and taken[-1] == 999 and taken.diff().max() < 60
+    assert torch.equal(sample(weight_of(tensor, tmp_path), 10**9), tensor)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +154,8 @@ def test_norms_and_their_places(base: Path) -> None:
     assert adds_one(base, PLANTED) and not adds_one(base, "vision_tower.encoder.layers.0.layer_norm1.weight")
     assert gain(torch.tensor([-3.0, 0.5]), adds_one=True)["max"] == 2.0
     assert gain(torch.tensor([-3.0, 0.5]), adds_one=False)["max"] == 3.0
+    assert rounding(torch.tensor([-0.999]), adds_one=True)["bfloat16"] == pytest.approx(1.0, rel=1e-3)  # a gain lost
+    assert rounding(torch.tensor([0.001]), adds_one=False)["bfloat16"] < 0.004
 
 
 def test_says_what_was_inherited(base: Path, tmp_path: Path) -> None:
@@ -123,11 +169,17 @@ def test_says_what_was_inherited(base: Path, tmp_path: Path) -> None:
     assert "student changed 21 of 41 tensors and inherited 20 from its base" in told
     assert report.details["table"][0]["tensor"] == PLANTED
     assert set(report.details["table"][0]) == {"model", "tensor", "max", "p999", "mean", "kurtosis"}
-    everything = json.loads((out / "outliers.json").read_text())["models"]
+    everything = json.loads((out / "weights.json").read_text())["models"]
     assert len(everything["base"]) == len(everything["student"]) == 41
     page = (out / "report" / "outliers.md").read_text()
     assert PLANTED in page and "norms.png" in page
-    assert all((out / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("norms", "tensors"))
+    assert all((out / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("norms", "tensors", "gains"))
+    verdicts = json.loads((out / "verdict.json").read_text())
+    assert (verdicts["format"], verdicts["focus"]) == (1, "student")
+    words = {target: one["verdict"] for target, one in verdicts["models"]["student"]["targets"].items()}
+    assert words["fp16"] == words["gptq"] == words["int8_activations"] == "unknown"  # no dataset: nothing flowed
+    assert words["bf16"] == words["gguf_cpu"] == "safe"
+    assert all(row["verdict"] != "unknown" or "give a dataset" in row["because"] for row in report.details["targets"])
 
 
 def test_a_changed_gain_is_told_with_its_growth(base: Path, tmp_path: Path) -> None:
