@@ -34,8 +34,11 @@ def run_command(
     stall_seconds: float,
     timeout_seconds: float,
     warm: bool = False,
+    processes: int = 1,
 ) -> None:
     """Runs `python -m module arguments` to its end, `warm` or in a new interpreter; returns when it exits with 0.
+
+    Several `processes` are started by torchrun (tasks.core.launch).
 
     Its output goes to `<work>/log.txt`, its events (`<work>/events.jsonl`) to `on_event` as they come. Raises the
     error that its exit code stands for, with its own message or the end of its log; `Stalled` when neither file
@@ -47,14 +50,19 @@ def run_command(
     events.touch()
     environment = {
         "GOMP_SPINCOUNT": "20000",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # what is freed can be used again whatever its size
         **os.environ,
     }  # OpenMP's default spins: see docs/benchmarks.md
     environment |= {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     with events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)
-        child = (NURSERY.start(module, arguments, log, environment) if warm else None) or _start(
-            module, arguments, log, environment
-        )
+        if processes > 1:
+            arguments = [str(processes), module, *arguments]
+            child: subprocess.Popen[bytes] | WarmChild = _start("tasks.core.launch", arguments, log, environment)
+        else:
+            child = (NURSERY.start(module, arguments, log, environment) if warm else None) or _start(
+                module, arguments, log, environment
+            )
         try:
             _follow(child, log, events, stream, on_event, stall_seconds, timeout_seconds)
         except BaseException:
@@ -120,7 +128,9 @@ def _error(module: str, code: int, work: Path) -> StageError:
     kind = Killed if code < 0 else BY_EXIT_CODE.get(code, StageError)
     told = work / "error.json"
     if code > 0 and told.exists():
-        message = json.loads(told.read_text())["message"]
+        error = json.loads(told.read_text())
+        kind = BY_EXIT_CODE.get(error["code"], kind)  # torchrun exits with 1, whatever its processes did
+        message = error["message"]
     elif code < 0:
         name = signal.Signals(-code).name
         hint = " (the host's memory may have run out: see dmesg)" if name == "SIGKILL" else ""

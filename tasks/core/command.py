@@ -10,6 +10,8 @@ Every parameter but `config`, `out` and `job` is an input and becomes an option:
 (`--models NAME=DIR`, repeated). The output directory gets the stage's files, `provenance.json`, and `report.json`
 last: its presence says that the rest is whole. Exit codes are those of `tasks.core.errors`; what went wrong is in
 `<work>/error.json`, for the parent to tell.
+
+Started by torchrun or `accelerate launch`, each process sees one GPU, and only process 0 writes the output directory.
 """
 
 import argparse
@@ -61,8 +63,12 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
     arguments = vars(_parser(stage, hints).parse_args(argv))
     out, work = Path(arguments.pop("out")), arguments.pop("work")
     work = Path(work) if work else out.with_name(out.name + ".work")
-    job = Job(work, rung=arguments.pop("rung"), bar=sys.stderr.isatty())
-    (work / "error.json").unlink(missing_ok=True)
+    rank = _rank()
+    job = Job(work, rung=arguments.pop("rung"), bar=sys.stderr.isatty(), rank=rank)
+    if rank == 0:
+        (work / "error.json").unlink(missing_ok=True)
+    else:
+        out = work / f"out-{rank}"
     job.catch_sigterm()
     start = time.time()
     try:
@@ -79,8 +85,23 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
         if known is None:
             raise
         traceback.print_exc()
-        _write_json(work / "error.json", {"code": known.exit_code, "message": str(known)})
+        if rank == 0 or not (work / "error.json").exists():  # of several processes, what the first one says
+            _write_json(work / "error.json", {"code": known.exit_code, "message": str(known)})
+        sys.stderr.flush()
+        if rank or "TORCHELASTIC_RUN_ID" in os.environ:  # the others may wait for us in a collective: no long goodbye
+            os._exit(known.exit_code)
         sys.exit(known.exit_code)
+
+
+def _rank() -> int:
+    """This process's number among those that torchrun started; it is given one GPU, before any library looks."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        cards = visible.split(",") if visible else [str(local)] * (local + 1)
+        if local < len(cards):
+            os.environ["CUDA_VISIBLE_DEVICES"] = cards[local]
+    return int(os.environ.get("RANK", "0"))
 
 
 def _parser(stage: Callable[..., Report], hints: dict[str, Any]) -> argparse.ArgumentParser:
@@ -128,6 +149,8 @@ def _known(error: BaseException) -> StageError | None:
         return error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch here
         return OutOfMemory(str(error) or "host memory ran out")
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return OutOfMemory(str(error))
     if type(error).__name__ == "AcceleratorError":
         return DeviceLost(str(error))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

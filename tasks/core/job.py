@@ -22,17 +22,20 @@ class Job:
 
     `work` is scratch space that outlives the process: named by the stage's cache key, so that a retry, a new run or
     a new machine finds the checkpoints there. `rung` counts the out-of-memory retries so far: at rung k a stage
-    divides its micro-batch by 2**k and multiplies accumulation, its effective batch unchanged.
+    divides its micro-batch by 2**k and multiplies accumulation, its effective batch unchanged, or, in training, goes
+    down `tasks.core.ladder`. Of several processes, those after the first (`rank`) tell into files of their own, which
+    nobody forwards.
     """
 
-    def __init__(self, work: Path, rung: int = 0, bar: bool = False) -> None:
+    def __init__(self, work: Path, rung: int = 0, bar: bool = False, rank: int = 0) -> None:
         self.work = work
         self.rung = rung
         self.stop_requested = False
         self._deferred = False
-        self._bar = bar
+        self._bar = bar and rank == 0
         work.mkdir(parents=True, exist_ok=True)
-        self._events = (work / "events.jsonl").open("a", encoding="utf-8")
+        name = "events.jsonl" if rank == 0 else f"events-{rank}.jsonl"
+        self._events = (work / name).open("a", encoding="utf-8")
 
     def _emit(self, event: str, **values: Any) -> None:
         self._events.write(json.dumps({"event": event, "time": time.time(), **values}) + "\n")
@@ -41,6 +44,10 @@ class Job:
     def metrics(self, step: int, **values: float) -> None:
         """Numbers at a step (loss, learning_rate, grad_norm, tokens_per_second ...), as MLflow will show them."""
         self._emit("metrics", step=step, values={name: float(value) for name, value in values.items()})
+
+    def tags(self, **values: str) -> None:
+        """Facts about this try (a rung taken, the plan it runs by), as tags of the stage's MLflow run."""
+        self._emit("tags", values=values)
 
     def progress(self, done: float, total: float, unit: str, note: str = "") -> None:
         """How far the long work is: `done` of `total` `unit`s; `note` is shown behind the bar (loss, ETA ...)."""

@@ -7,7 +7,7 @@ output is published; a ref goes out. A stage's task is three lines around `run_s
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -31,17 +31,24 @@ from tasks.core.tracking import tracker
 
 AnyRef = FilesRef | DatasetRef | ModelRef | AdapterRef | GgufRef | ReportRef
 Input = AnyRef | Mapping[str, AnyRef] | None
+MOST_RUNGS = 16  # a training's ladder ends before, with its own error; other stages only halve their batch
 R = TypeVar("R", DatasetRef, ModelRef, AdapterRef, GgufRef, ReportRef)
 
 
 def run_stage(
-    stage: str, config: StageConfig, inputs: Mapping[str, Input], kind: type[R], label: str, **fields: Any
+    stage: str,
+    config: StageConfig,
+    inputs: Mapping[str, Input],
+    kind: type[R],
+    label: str,
+    helps: Mapping[str, Input] | None = None,
+    **fields: Any,
 ) -> R:
     """Runs `python -m tasks.<stage>.run` on `inputs`, or finds its output made before, and returns a `kind` ref.
 
     `label` names this use of the stage in MLflow and Prefect ("evaluate student"); `fields` are further fields of
-    the ref. A cache hit is a Prefect state named `Cached`, which Prefect unwraps. Raises the typed
-    errors of `tasks.core.errors`.
+    the ref. `helps` are inputs that save work and do not decide the output: they are not in its key. A cache hit is a
+    Prefect state named `Cached`, which Prefect unwraps. Raises the typed errors of `tasks.core.errors`.
     """
     settings = Settings()
     store = open_store(settings.store_uri)
@@ -56,7 +63,16 @@ def run_stage(
             return cast(R, Completed(name="Cached", message=f"{label}: {stage}/{key[:16]}", data=made))
         with tracker(settings, warn).stage(label) as run, ProgressView(label, get_run_logger()) as view:
             record_inputs(run, config, given)
-            _run(stage, config, given, store, scratch, run, view, settings)
+            _run(
+                stage,
+                config,
+                {**given, **{name: ref for name, ref in (helps or {}).items() if ref}},
+                store,
+                scratch,
+                run,
+                view,
+                settings,
+            )
             made = _publish(store, scratch / "out", kind, fields, view)
             record_output(run, store, made, scratch / "out", label)
             store.write_index(stage, key, made.model_dump(mode="json"))
@@ -77,35 +93,54 @@ def _run(
     stage: str, config: StageConfig, inputs: Mapping[str, Input], store: Store, scratch: Path, run: Run,
     view: ProgressView, settings: Settings,
 ) -> None:  # fmt: skip
-    """The command, from fetching its inputs to its exit; an out-of-memory error leaves a rung for the next try."""
+    """The command, from fetching its inputs to its exit; after an out-of-memory error again at once, a rung lower."""
     work, rung = scratch / "work", scratch / "rung"
-    rungs = int(rung.read_text()) if rung.exists() else 0
     if work.exists():
+        rungs = rung.read_text() if rung.exists() else "0"
         run.tags(**{f"attempt.{task_run.get_run_count() or 1}": f"taken up again, {rungs} rungs down"})
     (scratch / "config.json").write_text(config.model_dump_json(indent=1))
     arguments = [str(scratch / "config.json"), *_fetched(store, inputs, settings.root / "inputs", view)]
-    arguments += ["--out", str(scratch / "out"), "--work", str(work), "--rung", str(rungs)]
+    arguments += ["--out", str(scratch / "out"), "--work", str(work)]
     with gpu_slot(settings, get_run_logger()), system_metrics(run, settings):
 
         def on_event(event: dict[str, Any]) -> None:
             if event["event"] == "metrics":
                 run.metrics(event["step"], event["values"], event["time"])
+            elif event["event"] == "tags":
+                run.tags(**event["values"])
             view.event(event)
 
-        try:
+        def start(rungs: int) -> None:
             run_command(
                 f"tasks.{stage}.run",
-                arguments,
+                [*arguments, "--rung", str(rungs)],
                 work,
                 on_event,
                 settings.stall_seconds,
                 settings.timeout_seconds,
                 settings.warm,
+                getattr(config, "processes", 1),
             )
-        except OutOfMemory:
-            rung.write_text(str(rungs + 1))
-            run.tags(**{f"rung.{rungs + 1}": f"out of memory: micro-batch divided by {2 ** (rungs + 1)}"})
-            raise
+
+        descend(start, rung, run, get_run_logger().warning)
+
+
+def descend(start: Callable[[int], None], rung: Path, run: Run, warn: Callable[[str], None]) -> None:
+    """Calls `start(rungs)` until it does not run out of memory, one rung lower each time; `rung` remembers how many.
+
+    What a rung gives up is the command's own business (tasks.core.ladder), which ends the descent with its own error.
+    """
+    rungs = int(rung.read_text()) if rung.exists() else 0
+    while True:
+        try:
+            return start(rungs)
+        except OutOfMemory as error:
+            rungs += 1
+            rung.write_text(str(rungs))
+            run.tags(**{f"out_of_memory.{rungs}": str(error)[:500]})
+            warn(f"{str(error)[:500]}; again from its last checkpoint, {rungs} rungs down")
+            if rungs > MOST_RUNGS:
+                raise
 
 
 def _fetched(store: Store, inputs: Mapping[str, Input], root: Path, view: ProgressView) -> Iterator[str]:

@@ -1,10 +1,19 @@
 """Settings of a training loop, shared by the stages that train: fine-tuning and distillation."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tasks.core.config import StageConfig
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is neither `all-linear` nor a regular expression: {error}") from error
+    return text
 
 
 class TrainingConfig(StageConfig):
@@ -20,8 +29,9 @@ class TrainingConfig(StageConfig):
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed adapters (arXiv 2402.09353): a little better at low rank, slower."""
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """Modules that get adapters: `all-linear` (all but the head, and no vision or audio tower) or names."""
+    target_modules: list[str] | Annotated[str, AfterValidator(_regex)] = "all-linear"
+    """Modules that get adapters: `all-linear` (all but the head, and no vision or audio tower), a list of names
+    (`[q_proj, v_proj]`), or a regular expression that a module's whole name must match."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
@@ -35,15 +45,29 @@ class TrainingConfig(StageConfig):
     batch_size: int = Field(32, ge=1)
     """Rows in an optimizer step, whatever fits into memory at once."""
     micro_batch_size: int = Field(8, ge=1)
-    """Rows in memory at once; accumulated to `batch_size`. Halved after running out of memory."""
+    """Most rows in memory at once; accumulated to `batch_size`. Fewer where the memory plan says so, and after
+    running out of memory."""
+    packing: Literal["auto", "off"] = "auto"
+    """Rows one behind the other without padding, where the architecture allows it; off pads them."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the decoder's layers (CUDA): it takes a minute or two, so auto does it for runs that are long enough."""
     max_length: int = Field(2048, ge=16)
     """Longest row in tokens; longer ones are left out with a warning."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """What matrices are multiplied in (auto: bfloat16 on a CUDA device that has it). Trained weights stay float32."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Replay each micro-batch's forward and backward as one CUDA graph, where the run allows it (packed rows, bfloat16,
+    no dropout, no recompute)."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What matrices are multiplied in (auto: bfloat16 on a CUDA device that has it, float16 on one that has not,
+    float32 on the CPU). Trained weights, and with float16 norms and residual stream too, stay float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass: less memory, about a third slower. The memory plan may set it."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """AdamW, or bitsandbytes' with 8-bit state (CUDA only)."""
+    memory_gib: Literal["auto", "off"] | Annotated[float, Field(gt=0)] = "auto"
+    """Device memory that the plan made before loading may fill: the card's (auto), so many GiB, or off for no plan."""
+    allow_quality_loss: bool = False
+    """After an out-of-memory error that nothing else mends, try with shorter rows, half the rank, LoRA instead of
+    DoRA and fewer adapted modules, in this order."""
     weight_decay: float = Field(0, ge=0)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1, ge=0)

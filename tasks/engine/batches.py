@@ -1,17 +1,17 @@
 """Rows to batches: which rows a step sees, and the tensors that the loss needs.
 
-Rows are padded on the right and no attention mask is made: under causal attention a real token never sees what
-follows it, and padded positions carry no label.
+Rows are packed without padding (tasks.engine.packing), or, for models that cannot be packed, padded here on the right.
+No attention mask is made: under causal attention a real token never sees what follows it, and padded positions carry
+no label.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tasks.core.errors import BadData
@@ -22,7 +22,10 @@ from tasks.engine.chat import IGNORE, Example, encode, turn_end
 class Batch(TypedDict):
     """`input_ids` (B, L); `positions` (N,) into the flattened (B * L) whose next token is a label; `labels` (N,).
 
-    Labels are in the order of `rows` (places in the list of examples), then of position.
+    Labels are in the order of `rows` (places in the list of examples), then of position. A packed batch has B = 1,
+    `position_ids` (1, L) that begin anew with each row and the rows' borders `cu_seqlens` (rows + 1,) in int32; both
+    are None in a padded one. `longest` bounds the tokens of its rows. `head_grad` (V, H), where it is there, takes the
+    head's gradient of the summed loss, and `answers` counts the labels that are not filled up (tasks.engine.graphs).
     """
 
     input_ids: Tensor
@@ -30,6 +33,11 @@ class Batch(TypedDict):
     labels: Tensor
     rows: list[int]
     tokens: int
+    position_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    longest: int
+    head_grad: NotRequired[Tensor]
+    answers: NotRequired[int]
 
 
 def encode_file(
@@ -76,19 +84,6 @@ def row_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) ->
     ]
 
 
-class Rows(Dataset[tuple[int, Example]]):
-    """Examples in the order in which training meets them."""
-
-    def __init__(self, examples: Sequence[Example], order: Sequence[int]) -> None:
-        self.examples, self.order = examples, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: int) -> tuple[int, Example]:
-        return self.order[place], self.examples[self.order[place]]
-
-
 def collate(items: Sequence[tuple[int, Example]], multiple: int = 1) -> Batch:
     """Pads rows to the longest, rounded up to `multiple`."""
     longest = max(len(example.input_ids) for _, example in items)
@@ -106,14 +101,13 @@ def collate(items: Sequence[tuple[int, Example]], multiple: int = 1) -> Batch:
         "labels": flat[positions],
         "rows": [row for row, _ in items],
         "tokens": sum(len(example.input_ids) for _, example in items),
+        "position_ids": None,
+        "cu_seqlens": None,
+        "longest": longest,
     }
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
-    return {
-        **batch,
-        "input_ids": batch["input_ids"].to(device),
-        "positions": batch["positions"].to(device),
-        "labels": batch["labels"].to(device),
-    }
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if isinstance(value, Tensor)}
+    return cast(Batch, {**batch, **moved})

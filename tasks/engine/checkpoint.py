@@ -68,30 +68,11 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A torch optimizer's state_dict as tensors named `<parameter index>/<key>` and a JSON rest."""
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        for key, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}/{key}"] = value
-            else:
-                rest.setdefault(str(index), {})[key] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-    return tensors, {"rest": rest, "groups": groups}
-
-
-def unflatten_optimizer(
-    tensors: dict[str, Tensor], saved: dict[str, Any], groups: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The state_dict that `flatten_optimizer` took apart; `groups` are the new optimizer's own parameter groups."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in saved["rest"].items()}
-    for name, value in tensors.items():
-        index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = value
-    merged = [{**old, "params": group["params"]} for old, group in zip(saved["groups"], groups, strict=True)]
-    return {"state": state, "param_groups": merged}
+def discard_after(root: Path, step: int) -> None:
+    """Removes the checkpoints of more than `step` steps: something went wrong before they were written."""
+    for directory in _by_step(root):
+        if int(directory.name.rpartition("-")[2]) > step:
+            shutil.rmtree(directory)
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,12 +8,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
+from tasks.engine.batches import Batch, collate, to_device
+from tasks.engine.chat import Example
 from tasks.engine.losses import Head
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
     """The transformers model below a PEFT wrapper; adapters stay in its layers."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of the text model, in order."""
+    body = cast(Any, unwrap(model).base_model)
+    return list(getattr(body, "language_model", body).layers)
 
 
 def head_of(model: nn.Module) -> Head:
@@ -30,19 +38,24 @@ def head_of(model: nn.Module) -> Head:
     return Head(head.weight, softcap)
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Final hidden states (N, H) at `positions` of the flattened input_ids (B, L), as the head takes them."""
-    body = cast(Any, unwrap(model).base_model)
-    hidden: Tensor = body(input_ids=input_ids, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, positions)
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Final hidden states (N, H) at the batch's labelled positions, as the head takes them; packed or padded."""
+    body, packed = cast(Any, unwrap(model).base_model), dict[str, Any]()
+    if batch["cu_seqlens"] is not None:
+        borders, longest = batch["cu_seqlens"], batch["longest"]
+        packed = {"position_ids": batch["position_ids"], "cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        packed |= {"max_length_q": longest, "max_length_k": longest}
+    hidden: Tensor = body(input_ids=batch["input_ids"], use_cache=False, **packed).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch["positions"])
 
 
 def check_head(model: nn.Module) -> None:
     """Raises BadConfig when body and head taken apart do not give the model's own logits (a scale that we miss)."""
-    few = torch.tensor([range(1, 9)], device=next(model.parameters()).device)
+    ids = list(range(1, 9))
+    few = to_device(collate([(0, Example(ids, ids))]), next(model.parameters()).device)
     with torch.no_grad():
-        whole = model(input_ids=few, use_cache=False).logits[0].float()
-        ours = head_of(model).logits(hidden_states(model, few, torch.arange(few.shape[1], device=few.device)))
+        whole = model(input_ids=few["input_ids"], use_cache=False).logits[0, :-1].float()
+        ours = head_of(model).logits(hidden_states(model, few))
     if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
         raise BadConfig(
             f"{type(unwrap(model)).__name__} scales its logits in a way that the chunked loss does not know"

@@ -1,7 +1,9 @@
 """A training run's numbers by step: what diverged, what is drawn, what a resumed run goes on from."""
 
 import math
+import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -10,7 +12,15 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 WINDOW = 20
+EXPLODED, IN_A_ROW = 100, 3
 COLORS = {"loss": "#1f4e79", "kd_loss": "#c55a11", "ce_loss": "#548235"}
+
+
+class Problem(NamedTuple):
+    """What went wrong, in words, and over how many of the last steps: checkpoints from within them are suspect."""
+
+    text: str
+    steps: int
 
 
 class History:
@@ -19,29 +29,40 @@ class History:
     def __init__(self) -> None:
         self.steps: dict[str, list[float]] = {}
         self.validation: dict[str, list[float]] = {}
+        self.speed: dict[str, float] = {}  # of the last try; no checkpoint keeps it
 
     def __len__(self) -> int:
         return len(self.steps.get("loss", []))
 
-    def add(self, values: dict[str, float], vocabulary: int) -> str | None:
-        """Records a step and says what is wrong with it, if anything: not finite, or far worse than guessing.
+    def add(self, values: dict[str, float], vocabulary: int) -> Problem | None:
+        """Records a step and says what is wrong with it, if anything: not finite, exploding, far worse than guessing.
 
         Guessing uniformly costs ln(vocabulary) a token. One step at three times that (or three times the first
-        step's loss), or 20 steps above both by 1 nat on average, will not come back by itself.
+        step's loss), 20 steps above both by 1 nat on average, or 3 steps whose gradients are 100 times larger than
+        those before them, will not come back by themselves.
         """
         for name, value in values.items():
             self.steps.setdefault(name, []).append(value)
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                return f"{name} is {values[name]}"
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            return Problem(f"loss is {values['loss']:.4g} and the gradient's norm {values['grad_norm']:.4g}", 1)
         losses = self.steps.get("ce_loss", self.steps["loss"])
         start = max(math.log(vocabulary), losses[0])
         if losses[-1] > 3 * start:
-            return f"cross-entropy is {losses[-1]:.4g}, guessing costs {math.log(vocabulary):.3g}"
+            return Problem(f"cross-entropy is {losses[-1]:.4g}, guessing costs {math.log(vocabulary):.3g}", 1)
         mean = sum(losses[-WINDOW:]) / WINDOW
         if len(losses) >= WINDOW and mean > start + 1:
-            return f"cross-entropy of the last {WINDOW} steps is {mean:.4g}, it began with {losses[0]:.4g}"
-        return None
+            text = f"cross-entropy of the last {WINDOW} steps is {mean:.4g}, it began with {losses[0]:.4g}"
+            return Problem(text, WINDOW)
+        return self._exploded()
+
+    def _exploded(self) -> Problem | None:
+        norms = self.steps["grad_norm"]
+        before, last = norms[-WINDOW - IN_A_ROW : -IN_A_ROW], norms[-IN_A_ROW:]
+        usual = statistics.median(before) if len(before) == WINDOW else math.inf
+        if min(last) <= EXPLODED * usual or usual == 0:
+            return None
+        norms_told = ", ".join(f"{norm:.3g}" for norm in last)
+        return Problem(f"the gradient's norm was {norms_told} in the last steps and {usual:.3g} before", IN_A_ROW)
 
     def add_validation(self, step: int, values: dict[str, float]) -> None:
         """Records validation losses taken after `step` steps."""

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
+from tasks.engine.float16 import is_refused, keep_range, reading_norms_in_float32
 
 # Gemma 3's own turns for text: it has no system role, so a system message opens the first user turn.
 GEMMA_TEMPLATE = (
@@ -48,19 +49,40 @@ NEVER_4BIT = (
 )
 
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
 def pick_device() -> str:
     """`cuda` if there is one, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pick_dtype(precision: str, device: str) -> torch.dtype:
-    """`auto` is bfloat16 on a CUDA device that has it, else float32. Gemma 3 overflows float16: it is not offered."""
+    """What frozen weights are kept in. `auto` is bfloat16 on a CUDA device that has it, else float32.
+
+    In float16 only matrices are kept (tasks.engine.float16): Gemma 3's residual stream passes its largest number.
+    """
     if precision == "auto":
-        bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bf16 else torch.float32
-    if precision not in ("bfloat16", "float32"):
-        raise BadConfig(f"precision {precision!r} is none of auto, bfloat16, float32")
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+        return torch.bfloat16 if device.startswith("cuda") and _has_bfloat16() else torch.float32
+    if precision not in DTYPES:
+        raise BadConfig(f"precision {precision!r} is none of auto, {', '.join(DTYPES)}")
+    return DTYPES[precision]
+
+
+def training_precision(precision: str, base: Path, device: str) -> str:
+    """What training multiplies in where the config says `auto`: the first of bfloat16, float16 and float32 that the
+    device has and the architecture bears."""
+    if precision != "auto":
+        return precision
+    if not device.startswith("cuda"):
+        return "float32"
+    if _has_bfloat16():
+        return "bfloat16"
+    return "float32" if is_refused(read_config(base).get_text_config().model_type) else "float16"
+
+
+def _has_bfloat16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def load_tokenizer(model: ModelDir, chat_template: str = "model") -> PreTrainedTokenizerBase:
@@ -82,22 +104,33 @@ def load_tokenizer(model: ModelDir, chat_template: str = "model") -> PreTrainedT
 
 
 def load_model(
-    model: ModelDir, precision: str = "auto", device: str | None = None, four_bit: bool = False
+    model: ModelDir,
+    precision: str = "auto",
+    device: str | None = None,
+    four_bit: bool = False,
+    eight_bit: bool = False,
 ) -> PreTrainedModel:
     """The model in evaluation mode on `device`, its adapter attached unmerged.
 
     `precision` is as in `pick_dtype`; `four_bit` stores the linear layers as NF4 with double quantization, but for the
-    head, the towers and what does not survive it.
+    head, the towers and what does not survive it; `eight_bit` stores them in bitsandbytes' 8 bits, for inference. A
+    checkpoint that is in 4 bits on disk stays as it is.
     Raises BadConfig for a directory that is no model, Corrupted when a tensor is missing.
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # progress is told by `Job`
     device = device or pick_device()
     config = read_config(model.base)
     _need(model.base, "*.safetensors", "the weights")
-    options: dict[str, Any] = {"quantization_config": _nf4(pick_dtype(precision, device))} if four_bit else {}
-    loaded, info = model_class(config).from_pretrained(
+    packed, dtype = is_four_bit(config), pick_dtype(precision, device)
+    options: dict[str, Any] = {"quantization_config": _nf4(dtype)} if four_bit and not packed else {}
+    if eight_bit and not packed:
+        options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_skipped())}  # type: ignore[no-untyped-call]
+    loads = model_class(config)
+    if dtype == torch.float16:
+        loads = reading_norms_in_float32(loads)
+    loaded, info = loads.from_pretrained(
         model.base,
-        dtype=pick_dtype(precision, device),
+        dtype=dtype,
         device_map={"": device},
         use_safetensors=True,
         local_files_only=True,
@@ -109,8 +142,11 @@ def load_model(
         raise Corrupted(
             f"{model.base}: {len(names)} tensors missing or of another shape, {names[0]} first; get it anew"
         )
-    if four_bit:
+    if four_bit or packed:
         _assert_not_4bit(loaded)
+        _compute_in(loaded, dtype)
+    if dtype == torch.float16:
+        keep_range(loaded)
     if model.adapter is not None:
         _need(model.adapter, "adapter_model.safetensors", "the adapter's weights")
         loaded = PeftModel.from_pretrained(loaded, model.adapter, torch_device=device, local_files_only=True)
@@ -124,6 +160,26 @@ def read_config(base: Path) -> PretrainedConfig:
         return cast(PretrainedConfig, AutoConfig.from_pretrained(base, local_files_only=True))
     except (ValueError, KeyError, OSError) as error:
         raise BadConfig(f"{base}/config.json: {error}") from error
+
+
+def is_four_bit(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint lies in bitsandbytes' 4 bits on disk. BadConfig for another quantization."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return False
+    settings = found if isinstance(found, dict) else found.to_dict()
+    if settings.get("quant_method") != "bitsandbytes" or not settings.get("load_in_4bit"):
+        raise BadConfig(
+            f"a checkpoint quantized by {settings.get('quant_method')} cannot be trained: take its original"
+        )
+    return True
+
+
+def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """4-bit layers multiply in `dtype`, whatever the checkpoint was written for."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            cast(Any, module).compute_dtype = dtype
 
 
 def model_class(config: PretrainedConfig) -> Any:
@@ -143,8 +199,12 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=[f".*{name}" for name in (*NEVER_4BIT, *TOWERS)],
+        llm_int8_skip_modules=_skipped(),
     )
+
+
+def _skipped() -> list[str]:
+    return [f".*{name}" for name in (*NEVER_4BIT, *TOWERS)]
 
 
 def _assert_not_4bit(model: torch.nn.Module) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from tasks.engine.batches import encode_file
 from tasks.engine.chat import Example
 from tasks.engine.history import WINDOW, History
 from tasks.engine.plan import Plan, validation_losses
-from tasks.engine.trainable import Method, count_parameters, round_to_base, save_trained
+from tasks.engine.trainable import Method, count_parameters, round_to_saved, save_trained
 
 
 def read_splits(
@@ -45,6 +46,8 @@ def fingerprint(config: BaseModel, dataset: Path, *models: ModelDir) -> str:
     for directory in (directory for model in models for directory in model if directory):
         for path in sorted(directory.glob("*.safetensors")):
             digest.update(f"{path.name} {path.stat().st_size}".encode())
+            if path.name.startswith("adapter"):  # small, and one as large as the other
+                digest.update(path.read_bytes())
         for path in sorted(directory.glob("*config.json")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -59,14 +62,15 @@ def finish(
     out: Path,
     report: Report,
     title: str,
+    dtype: torch.dtype | None = None,
 ) -> Report:
-    """Measures the model as it will be saved, saves it into `out`, and fills the report."""
+    """Measures the model as it will be saved (in the base's dtype or in `dtype`), saves it, and fills the report."""
     counts = count_parameters(model)
-    round_to_base(model, method, base)
+    round_to_saved(model, method, base, dtype)
     losses = validation_losses(plan, model)
     if losses:
         history.add_validation(plan.steps, losses)
-    save_trained(model, method, base, plan.config.chat_template, out)
+    save_trained(model, method, base, plan.config.chat_template, out, dtype)
     history.plot(out / "report" / "loss.png", title)
     final = {f"train_{name}": history.mean(name, WINDOW) for name in history.steps if name.endswith("loss")}
     final |= {f"validation_{name}": value for name, value in losses.items()}
@@ -75,4 +79,7 @@ def finish(
     report.facts |= facts | {name: round(value, 4) for name, value in final.items()}
     report.metrics |= final
     report.details["batch"] = {"effective": plan.config.batch_size, "micro": plan.micro_batch}
+    report.details["throughput"] = {name: float(f"{value:.4g}") for name, value in history.speed.items()}
+    if history.speed:
+        plan.job.log("throughput: " + ", ".join(f"{name} {value:.4g}" for name, value in history.speed.items()))
     return report

@@ -2,22 +2,47 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from tasks.core.errors import BadConfig
 from tasks.core.job import Job
+from tasks.core.ladder import micro_batch, settings_at
 from tasks.core.training import TrainingConfig
-from tasks.engine.batches import Batch, collate, micro_batch, to_device
+from tasks.engine import processes
+from tasks.engine.batches import Batch, row_order, to_device
 from tasks.engine.chat import Example
+from tasks.engine.compiled import compiling_pays, run_layers
+from tasks.engine.feed import Feed, every_row, is_packed
+from tasks.engine.fused_layers import fuse_adapters
+from tasks.engine.graphs import Graphs, most_labels
+from tasks.engine.head import unwrap
+from tasks.engine.history import History
 from tasks.engine.load import pick_dtype
+from tasks.engine.packing import make_packable
 
 # Sums over a batch's labels: "loss" with its gradient, and further parts by name ("kd_loss", "ce_loss").
 Objective = Callable[[PreTrainedModel, Batch], dict[str, Tensor]]
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+
+
+class Shown(Protocol):
+    """Weights that the loss sees in place of the trained ones, which the optimizer and checkpoints keep seeing."""
+
+    def show(self, step: int) -> None:
+        """Puts them in place for the step after `step` finished ones."""
+
+    def restore(self) -> None:
+        """Puts the trained weights back."""
+
+    def during(self, step: int) -> AbstractContextManager[None]:
+        """`show` and `restore` around a validation."""
 
 
 @dataclass
@@ -26,7 +51,10 @@ class Plan:
 
     `build` makes the untrained model (again, after a divergence); `validation` are rows after the training rows, in
     the numbering that `objective` sees; `made_by` is a fingerprint of config, rows and models, so that no other
-    run's checkpoint is continued.
+    run's checkpoint is continued. `rung` says how many out-of-memory rungs `config` has still to go down; `strategy`
+    what several processes split. `shown` makes the weights that the loss sees, where they are not the trained ones.
+    `enrich` adds to a batch, on the host, what the objective needs beside it; `before_step` is called with the history
+    and the number of finished steps before each step. Checkpoints are in `folder` of the job's work directory.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -36,6 +64,22 @@ class Plan:
     config: TrainingConfig
     job: Job
     made_by: str
+    shown: Callable[[PreTrainedModel], Shown] | None = None
+    rung: int | None = None
+    strategy: processes.Strategy = "ddp"
+    enrich: Callable[[Batch], Batch] | None = None
+    before_step: Callable[[History, int], None] | None = None
+    folder: str = "checkpoints"
+
+    def __post_init__(self) -> None:
+        """Goes down the job's rungs, unless whoever made the plan did: those that leave rows and model as they are."""
+        same_model = self.config.model_copy(update={"allow_quality_loss": False})
+        self.config = settings_at(same_model, self.job.rung if self.rung is None else self.rung)
+        if self.config.batch_size % processes.count():
+            raise BadConfig(
+                f"batch_size={self.config.batch_size} cannot be split over {processes.count()} processes: "
+                f"set a multiple of {processes.count()}"
+            )
 
     @property
     def steps(self) -> int:
@@ -44,41 +88,91 @@ class Plan:
         return self.config.max_steps or max(1, asked)
 
     @property
+    def own_batch(self) -> int:
+        """Rows of a step that this process works on."""
+        return self.config.batch_size // processes.count()
+
+    @property
     def micro_batch(self) -> int:
-        """Rows in memory at once, after the out-of-memory retries so far."""
-        return micro_batch(self.config.batch_size, self.config.micro_batch_size, self.job.rung)
+        """Rows in memory at once."""
+        return micro_batch(self.own_batch, self.config.micro_batch_size)
 
     @property
     def checkpoints(self) -> Path:
         """Where this run's checkpoints are."""
-        return self.job.work / "checkpoints"
+        return self.job.work / self.folder
 
 
 def validation_losses(plan: Plan, model: PreTrainedModel) -> dict[str, float]:
     """Mean losses per label token over the validation rows; empty when there are none or a stop was asked for."""
     sums: dict[str, Tensor] = {}
-    labels, first, done = 0, len(plan.examples), 0
-    order = sorted(range(len(plan.validation)), key=lambda row: len(plan.validation[row].input_ids))
+    labels, done, told = 0, 0, 0
     training = model.training
     model.train(False)
-    while done < len(order) and not plan.job.stop_requested:
-        rows = order[done : done + plan.micro_batch]
-        batch = collate([(first + row, plan.validation[row]) for row in rows])
+    alone = processes.count() == 1  # several go through all rows in step: each needs the others' parts of the layers
+    for batch in every_row(plan.validation, len(plan.examples), plan.micro_batch, is_packed(model)):
+        if alone and plan.job.stop_requested:
+            break
         with torch.no_grad():
             parts = loss_sums(plan, model, to_device(batch, model.device))
         sums = {name: sums[name] + value if sums else value for name, value in parts.items()}
-        labels, done = labels + len(batch["labels"]), done + len(rows)
-        if done % (16 * plan.micro_batch) == 0 or done == len(order):
-            plan.job.progress(done, len(order), "validation rows")
+        labels, done = labels + len(batch["labels"]), done + len(batch["rows"])
+        if done - told > 16 * plan.micro_batch or done == len(plan.validation):
+            plan.job.progress(done, len(plan.validation), "validation rows")
+            told = done
     model.train(training)
-    return {name: float(value) / labels for name, value in sums.items()} if done == len(order) else {}
+    return {name: float(value) / labels for name, value in sums.items()} if done == len(plan.validation) else {}
+
+
+def feed(plan: Plan, model: PreTrainedModel) -> Feed:
+    """The micro-batches of this process's rows; packed where the model can be, which gives it packed attention."""
+    config, device, packed = plan.config, model.device, False
+    if config.packing == "auto":
+        reason = make_packable(model, pick_dtype(config.precision, device.type))
+        packed = reason is None
+        if reason:
+            plan.job.log(f"{reason}. Rows are padded instead", "warning")
+    lengths = [len(example.input_ids) for example in plan.examples]
+    order = processes.share(row_order(lengths, config.batch_size, plan.steps, config.seed), config.batch_size)
+    cuda = device.type == "cuda"
+    return Feed(
+        plan.examples, order, plan.own_batch, plan.micro_batch, packed, shapes=2 * cuda, multiple=128 if cuda else 1
+    )
+
+
+def quicken(plan: Plan, model: PreTrainedModel, batches: Feed) -> None:
+    """Fuses the adapters' products, and has the decoder's layers recomputed and compiled as the config says."""
+    config = plan.config
+    if plan.strategy == "fsdp2" and processes.count() > 1:  # its hooks sit on layers and weights as they are
+        if config.gradient_checkpointing:
+            unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
+        return
+    fused = fuse_adapters(model, keep=not config.gradient_checkpointing)
+    compiled = config.compile == "on" or (config.compile == "auto" and compiling_pays(model, len(batches)))
+    run_layers(model, config.gradient_checkpointing, compiled, random=config.dropout > 0)
+    if model.device.type == "cuda":
+        told = [f"{len(fused)} groups of adapters fused"] * bool(fused) + ["layers compiled"] * compiled
+        plan.job.log(", ".join([*told, "rows packed" if batches.packing else "rows padded"]))
+
+
+def graphs_for(plan: Plan, batches: Feed, model: PreTrainedModel) -> Graphs | None:
+    """Graphs of the run's micro-batches where they can be captured: CUDA, bfloat16, packed to static lengths, nothing
+    random in the forward, weights whole and in their places."""
+    config, device = plan.config, model.device.type
+    fits = device == "cuda" and pick_dtype(config.precision, device) == torch.bfloat16 and config.dropout == 0
+    whole = (plan.strategy == "ddp" or processes.count() == 1) and plan.shown is None
+    if not (fits and whole and batches.packing and batches.packing.lengths):
+        return None
+    if config.cuda_graphs == "off" or config.optimizer != "adamw":
+        return None
+    return Graphs(model, lambda model, batch: loss_sums(plan, model, batch), most_labels(batches))
 
 
 def loss_sums(plan: Plan, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     """The objective with matrices multiplied in the config's precision; parameters keep theirs."""
     device = batch["input_ids"].device.type
     dtype = pick_dtype(plan.config.precision, device)
-    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
         return plan.objective(model, batch)
 
 
@@ -87,8 +181,8 @@ def training_arguments(plan: Plan, scale: float, device: str) -> TrainingArgumen
     config = plan.config
     arguments = TrainingArguments(
         output_dir=str(plan.checkpoints),
-        per_device_train_batch_size=plan.micro_batch,
-        gradient_accumulation_steps=config.batch_size // plan.micro_batch,
+        per_device_train_batch_size=1,  # a micro-batch of `feed`
+        gradient_accumulation_steps=plan.own_batch // plan.micro_batch,
         max_steps=plan.steps,
         learning_rate=config.learning_rate * scale,
         lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,

@@ -1,9 +1,12 @@
 """What a training run says while it works, and when it saves: a callback of transformers' Trainer."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
+
+from tasks.engine import processes
+from tasks.engine.throughput import Meter
 
 if TYPE_CHECKING:
     from tasks.engine.plan import Plan
@@ -21,31 +24,57 @@ class Reporter(TrainerCallback):
         self.step_began = self.start
         self.start_step = 0
         self.tokens = 0
+        self.meter: Meter | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Starts the clocks; a resumed run's speed counts its own steps only."""
         self.start = self.saved = self.told = self.step_began = time.monotonic()
         self.start_step = state.global_step
+        self.meter = Meter(cast(PreTrainedModel, self.trainer.model))
+
+    def wants_checkpoint(self) -> bool:
+        """Whether the time for one has come; process 0 decides for all."""
+        return processes.rank() == 0 and time.monotonic() - self.saved >= self.plan.config.save_every_seconds
+
+    def told_step(self, step: int, tokens: int, labels: int, rows: list[int]) -> None:
+        """Tells a step's numbers, which the history has just got."""
+        now = time.monotonic()
+        self.tokens += tokens
+        numbers = {name: values[-1] for name, values in self.trainer.history.steps.items()}
+        self.plan.job.metrics(step, **numbers, **self._speed(now - self.step_began, tokens, labels, rows))
+        self.step_began = now
+        if step == self.plan.steps or now - self.told >= SECONDS_BETWEEN_EVENTS:
+            self._tell(step, now, numbers["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Tells, validates, and asks for a checkpoint where one is due."""
-        step, config, now = state.global_step, self.plan.config, time.monotonic()
+        """Validates, and asks for a checkpoint where one is due."""
+        step, config = state.global_step, self.plan.config
         last = step == self.plan.steps
-        self.tokens += self.trainer.tokens
-        numbers = {name: values[-1] for name, values in self.trainer.history.steps.items()}
-        speed = self.trainer.tokens / max(now - self.step_began, 1e-9)
-        self.plan.job.metrics(step, **numbers, tokens_per_second=speed)
-        self.step_began = now
-        if last or now - self.told >= SECONDS_BETWEEN_EVENTS:
-            self._tell(step, now, numbers["loss"])
-        if config.validate_every_steps and step % config.validate_every_steps == 0 and not last:
-            self.trainer.validate()
-        stop = self.plan.job.stop_requested
+        validates = config.validate_every_steps and step % config.validate_every_steps == 0 and not last
+        stop = self.trainer.must_stop if processes.count() > 1 else self.plan.job.stop_requested
         by_step = config.save_every_steps and step % config.save_every_steps == 0
-        if last or stop or by_step or now - self.saved >= config.save_every_seconds:
-            control.should_save, self.saved = True, now
+        saves = last or stop or by_step or self.trainer.must_save
+        if saves or validates:
+            self.trainer.catch_up()
+            began = time.monotonic()
+            if validates:
+                self.trainer.validate()
+            self.step_began += time.monotonic() - began
+        if saves:
+            control.should_save, self.saved, self.trainer.must_save = True, time.monotonic(), False
         if stop:
             control.should_training_stop = True
+
+    def finish(self) -> dict[str, float]:
+        """This try's speed as it goes into the report."""
+        return self.meter.summary() if self.meter else {}
+
+    def _speed(self, seconds: float, tokens: int, labels: int, rows: list[int]) -> dict[str, float]:
+        trainer = self.trainer
+        assert self.meter is not None  # made when training began
+        lengths = [len(self.plan.examples[row].input_ids) for row in rows]
+        told = self.meter.step(seconds, tokens, labels, lengths, processes.count())
+        return told if not trainer.loss_scale.used else {**told, "loss_scale": trainer.loss_scale.factor}
 
     def _tell(self, step: int, now: float, loss: float) -> None:
         speed = self.tokens / max(now - self.told, 1e-9)

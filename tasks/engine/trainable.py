@@ -1,5 +1,6 @@
 """What of a model is trained, and how the result is written: adapters (LoRA, QLoRA) or all weights."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
-from tasks.engine.head import check_head, head_of, unwrap
-from tasks.engine.load import TOWERS, load_model, load_tokenizer, read_config
+from tasks.engine.float16 import keep_range
+from tasks.engine.head import check_head, head_of
+from tasks.engine.load import TOWERS, is_four_bit, load_model, load_tokenizer, read_config
 
 Method = Literal["lora", "qlora", "full"]
 MAX_SHARD = "2GB"
@@ -27,27 +29,34 @@ TOKENIZER_FILES = (
 
 
 def trainable_model(config: TrainingConfig, method: Method, base: ModelDir, device: str) -> PreTrainedModel:
-    """The base with its trained parameters in float32: new adapters, or every weight outside the towers.
+    """The base with its trained parameters in float32: adapters, or every weight outside the towers.
 
-    Raises BadConfig when `base` carries an adapter (merge it first) or `target_modules` fit nothing.
+    Where `base` carries an adapter, that adapter is trained on, with its own rank, alpha and modules, or merged into
+    the weights that `full` trains. Raises BadConfig when `target_modules` fit nothing, or for `full` in 4 bits.
     """
-    if base.adapter is not None:
-        raise BadConfig(f"{base} carries an adapter: merge it into its base first and train the merged model")
-    model = load_model(base, "float32" if method == "full" else config.precision, device, four_bit=method == "qlora")
+    if method == "full" and is_four_bit(read_config(base.base)):
+        raise BadConfig(f"{base.base} lies in 4 bits, which cannot be trained themselves: set method=qlora")
+    bare, precision = ModelDir(base.base), "float32" if method == "full" else config.precision
+    model = load_model(base if method == "full" else bare, precision, device, four_bit=method == "qlora")
     check_head(model)
     torch.manual_seed(config.seed)
     if method == "full":
+        if isinstance(model, PeftModel):
+            model = cast(PreTrainedModel, model.merge_and_unload())
+        if config.precision == "float16":
+            keep_range(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(tower in name for tower in TOWERS))
+    elif base.adapter is not None:
+        model = cast(PreTrainedModel, _with_earlier_adapter(config, model, base.adapter, device))
     else:
-        model = cast(PreTrainedModel, _with_adapters(config, model))
+        model = cast(PreTrainedModel, with_adapters(config, model))
     head_of(model)  # raises when the head carries an adapter
-    if config.gradient_checkpointing:
-        unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def _with_adapters(config: TrainingConfig, model: PreTrainedModel) -> PeftModel:
+def with_adapters(config: TrainingConfig, model: PreTrainedModel) -> PeftModel:
+    """The model with new adapters. Raises BadConfig when `target_modules` fit nothing."""
     never = rf".*({'|'.join((*TOWERS, 'altup'))}).*"
     lora = LoraConfig(
         r=config.rank,
@@ -67,6 +76,32 @@ def _with_adapters(config: TrainingConfig, model: PreTrainedModel) -> PeftModel:
     return cast(PeftModel, adapted)
 
 
+def _with_earlier_adapter(config: TrainingConfig, model: PreTrainedModel, adapter: Path, device: str) -> PeftModel:
+    settings = LoraConfig.from_pretrained(str(adapter))
+    settings.lora_dropout, settings.inference_mode = config.dropout, False
+    return PeftModel.from_pretrained(
+        model, str(adapter), config=settings, is_trainable=True, torch_device=device, local_files_only=True
+    )
+
+
+def settings_of_adapter(config: TrainingConfig, base: ModelDir) -> list[str]:
+    """Sentences on the settings that an earlier adapter decides in place of the config."""
+    if base.adapter is None:
+        return []
+    settings = LoraConfig.from_pretrained(str(base.adapter))
+    pairs = {
+        "rank": (config.rank, settings.r),
+        "alpha": (config.alpha, settings.lora_alpha),
+        "use_rslora": (config.use_rslora, settings.use_rslora),
+        "use_dora": (config.use_dora, settings.use_dora),
+    }
+    return [
+        f"{name}={asked} is not used: the earlier adapter has {name}={has}"
+        for name, (asked, has) in pairs.items()
+        if asked != has
+    ]
+
+
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """`parameters` and `trainable_parameters`; a 4-bit weight counts by its elements, not its bytes."""
     counts = {"parameters": 0, "trainable_parameters": 0}
@@ -77,19 +112,31 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     return counts
 
 
-def round_to_base(model: PreTrainedModel, method: Method, base: ModelDir) -> None:
+def round_to_saved(model: PreTrainedModel, method: Method, base: ModelDir, dtype: torch.dtype | None = None) -> None:
     """Rounds fully trained weights to the dtype that they will be saved in, so that validation sees what is saved."""
     if method == "full":
-        model.to(_saved_dtype(base)).to(torch.float32)  # type: ignore[arg-type]
+        model.to(dtype or _saved_dtype(base)).to(torch.float32)  # type: ignore[arg-type]
 
 
-def save_trained(model: PreTrainedModel, method: Method, base: ModelDir, chat_template: str, out: Path) -> None:
-    """A PEFT adapter directory, or a model directory with the base's config, dtype and tied weights; tokenizer too."""
+def save_trained(
+    model: PreTrainedModel,
+    method: Method,
+    base: ModelDir,
+    chat_template: str,
+    out: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """A PEFT adapter directory, or a model directory with the base's config and tied weights; tokenizer too.
+
+    A whole model is saved in the base's dtype, or in `dtype`, which its config then names.
+    """
     if method == "full":
-        model.to(_saved_dtype(base)).save_pretrained(out, max_shard_size=MAX_SHARD)  # type: ignore[arg-type]
+        model.to(dtype or _saved_dtype(base)).save_pretrained(out, max_shard_size=MAX_SHARD)  # type: ignore[arg-type]
         for name in ("config.json", "generation_config.json"):
             if (base.base / name).is_file():
                 shutil.copyfile(base.base / name, out / name)
+        if dtype is not None:
+            _name_dtype(out / "config.json", str(dtype).removeprefix("torch."))
     else:
         peft = cast(PeftModel, model)
         peft.peft_config["default"].base_model_name_or_path = "base"  # a path of this machine means nothing elsewhere
@@ -106,6 +153,13 @@ def copy_tokenizer(source: Path, out: Path, chat_template: str = "model") -> Non
     if chat_template != "model":
         template = load_tokenizer(ModelDir(source), chat_template).chat_template
         (out / "chat_template.jinja").write_text(cast(str, template), encoding="utf-8")
+
+
+def _name_dtype(file: Path, dtype: str) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = dtype
+    config.pop("torch_dtype", None)  # its older name
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _saved_dtype(base: ModelDir) -> torch.dtype:

@@ -6,22 +6,31 @@ SIGTERM saves a checkpoint after the running step and raises Preempted; the same
 verified checkpoint, over the same rows, to the same weights. A diverged run goes back and halves its learning rate.
 """
 
+import contextlib
 import dataclasses
 import gc
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
-from tasks.core.errors import Diverged
-from tasks.engine import checkpoint
-from tasks.engine.batches import Rows, collate, row_order
+from tasks.core.errors import BadConfig, Diverged
+from tasks.engine import checkpoint, optimizers, processes
+from tasks.engine.ahead import Ahead
+from tasks.engine.batches import Batch, collate, to_device
+from tasks.engine.graphs import fill_labels
+from tasks.engine.guard import Broke, worst, worst_gradients
+from tasks.engine.head import layers_of, unwrap
 from tasks.engine.history import History
-from tasks.engine.plan import Plan, loss_sums, training_arguments, validation_losses
+from tasks.engine.plan import Plan, Shown, feed, graphs_for, loss_sums, quicken, training_arguments, validation_losses
 from tasks.engine.reporter import Reporter
+from tasks.engine.scaling import LossScale
+
+ROWS_NAMED = 32
 
 
 def train(plan: Plan) -> tuple[PreTrainedModel, History]:
@@ -31,28 +40,56 @@ def train(plan: Plan) -> tuple[PreTrainedModel, History]:
     """
     scale = 1.0
     for rollback in range(plan.config.rollbacks + 1):
-        found = checkpoint.newest(plan.checkpoints, plan.made_by, lambda text: plan.job.log(text, "warning"))
+        found = _newest(plan)
         if found:
             scale = min(scale, checkpoint.read_state(found)["scale"])
             plan.job.log(f"goes on from {found.name} of {plan.steps} steps")
         try:
             return _attempt(plan, found, scale)
-        except Diverged as error:
+        except Broke as error:
             if rollback == plan.config.rollbacks:
-                raise Diverged(f"{error}. Set a lower learning_rate than {plan.config.learning_rate:g}") from error
-            message, scale = str(error), scale / 2
+                times = f", after going back {rollback} times" if rollback else ""
+                advice = f"Set a lower learning_rate than {plan.config.learning_rate:g}"
+                raise Diverged(f"{error}{times}. {advice}") from error
+            message, scale, since = str(error), scale / 2, error.since
         gc.collect()  # the diverged model and its optimizer
-        plan.job.log(f"{message}; back to the last checkpoint with {scale:g} of the learning rate", "warning")
+        if processes.rank() == 0:
+            checkpoint.discard_after(plan.checkpoints, since)
+        plan.job.log(f"{message}; back to the last good checkpoint with {scale:g} of the learning rate", "warning")
     raise AssertionError("the loop returns or raises")
+
+
+def _newest(plan: Plan) -> Path | None:
+    """The checkpoint that all processes go on from; process 0 looks."""
+    processes.wait()
+    found = None
+    if processes.rank() == 0:
+        found = checkpoint.newest(plan.checkpoints, plan.made_by, lambda text: plan.job.log(text, "warning"))
+    name = processes.agree(found.name if found else None)
+    return plan.checkpoints / name if name else None
 
 
 def _attempt(plan: Plan, found: Path | None, scale: float) -> tuple[PreTrainedModel, History]:
     trainer = GuardedTrainer(plan, scale)
     with plan.job.defer_stop():
         trainer.train(resume_from_checkpoint=str(found) if found else None)
-    trained = cast(PreTrainedModel, trainer.model)
+        plan.job.stop_requested |= trainer.must_stop  # another process was asked to
+    trained = trainer.whole_model() if trainer.is_split else cast(PreTrainedModel, trainer.model)
     trained.train(False)
+    trainer.history.speed = trainer.reporter.finish()
     return trained, trainer.history
+
+
+class Coming(NamedTuple):
+    """A step's numbers on their way from the device, and what they belong to; `sent` tells when they are there."""
+
+    step: int
+    names: list[str]
+    values: Tensor
+    sent: torch.cuda.Event | None
+    rows: list[int]
+    labels: int
+    rate: float
 
 
 class GuardedTrainer(Trainer):
@@ -61,32 +98,53 @@ class GuardedTrainer(Trainer):
     def __init__(self, plan: Plan, scale: float) -> None:
         model = plan.build()
         config, device = plan.config, model.device.type
-        lengths = [len(example.input_ids) for example in plan.examples]
+        self.is_split = plan.strategy == "fsdp2" and processes.count() > 1
+        if self.is_split:
+            if config.optimizer != "adamw":
+                raise BadConfig(f"optimizer={config.optimizer} cannot be split: set optimizer=adamw, or strategy=ddp")
+            processes.split_layers(unwrap(model).base_model, layers_of(model))
         self.plan, self.scale = plan, scale
         self.history = History()
         self.rows: list[int] = []  # of the running step
-        self.tokens = 0
+        self.tokens, self.labels, self.must_stop, self.must_save = 0, 0, False, False
+        self.loss_scale = LossScale(config.precision == "float16")
+        self.reporter = Reporter(self, plan)
         self._sums: dict[str, Tensor] = {}
+        self._coming: Coming | None = None
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._use_cache = getattr(model.config, "use_cache", True)
+        batches = feed(plan, model)
+        quicken(plan, model, batches)
+        self.graphs = graphs_for(plan, batches, model)
         super().__init__(
             model,
             training_arguments(plan, scale, device),
-            data_collator=cast(Any, lambda items: collate(items, 8 if device == "cuda" else 1)),
-            train_dataset=Rows(plan.examples, row_order(lengths, config.batch_size, plan.steps, config.seed)),
-            callbacks=[Reporter(self, plan)],
+            data_collator=cast(Any, lambda items: items[0]),
+            train_dataset=Ahead(batches, self._prepared, device == "cuda"),
+            callbacks=[self.reporter],
         )
+        if processes.rank():
+            torch.manual_seed(config.seed + processes.rank())  # each process drops others of its rows' activations
+        self.shown = plan.shown(model) if plan.shown else None
+        if self.shown:
+            self.add_callback(ShowWeights(self.shown))
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # or training_step divides by the number of micro-batches once more
         model.config.use_cache = self._use_cache  # Trainer switches it off, and it would be saved
 
     def validate(self) -> dict[str, float]:
         """Mean losses per label token on the validation rows, recorded and told; empty when there are none."""
-        values = validation_losses(self.plan, cast(PreTrainedModel, self.model))
+        with self.shown.during(self.state.global_step) if self.shown else contextlib.nullcontext():
+            values = validation_losses(self.plan, cast(PreTrainedModel, self.model))
         if values:
             self.history.add_validation(self.state.global_step, values)
             self.plan.job.metrics(self.state.global_step, **{f"validation_{k}": v for k, v in values.items()})
         return values
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """What happens to a batch on the host, ahead of its time."""
+        batch = self.plan.enrich(batch) if self.plan.enrich else batch
+        return fill_labels(batch, self.graphs.most) if self.graphs else batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Any, self.train_dataset))
@@ -95,67 +153,170 @@ class GuardedTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """A step's micro-batches, and how many labels they hold together."""
+        if self.plan.before_step:
+            self.plan.before_step(self.history, self.state.global_step)
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.rows = [row for batch in batches for row in batch["rows"]]
         self.tokens = sum(batch["tokens"] for batch in batches)
-        return batches, sum(len(batch["labels"]) for batch in batches)
+        self.labels = labels = sum(batch.get("answers", len(batch["labels"])) for batch in batches)
+        if self.graphs:
+            self.graphs.begin()
+        if processes.count() == 1:
+            self.all_labels: Tensor | int = labels
+        else:
+            self.all_labels = processes.total(torch.full((), float(labels), device=device))
+        return batches, self.all_labels
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """A micro-batch forward and backward, replayed where it can be; its gradient is then of the sum."""
+        if self.graphs is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        sums = self.graphs.run(inputs)
+        self._add(sums, num_items_in_batch)
+        self.catch_up()  # the device is busy with this step: the last one's numbers cost no time now
+        return cast(Tensor, sums["loss"] / num_items_in_batch)
+
+    def _add(self, sums: dict[str, Tensor], labels: Any) -> None:
+        for name, value in sums.items():
+            mean = value.detach() / labels
+            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's sum over a micro-batch divided by the labels of the whole step."""
         sums = loss_sums(self.plan, cast(PreTrainedModel, self.model), inputs)
-        for name, value in sums.items():
-            mean = value.detach() / num_items_in_batch
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
-        return sums["loss"] / num_items_in_batch
+        self._add(sums, num_items_in_batch)
+        factor = self.loss_scale.factor * (processes.count() if self.is_split else 1)  # fsdp2 takes the mean
+        return sums["loss"] / num_items_in_batch * factor
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate walks over all parameters for every micro-batch."""
         return 0
 
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Takes the step's numbers off the device at once, and looks at them before the optimizer does."""
-        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
-        values = torch.stack([*self._sums.values(), torch.as_tensor(norm)]).tolist()
-        step = dict(zip([*self._sums, "grad_norm"], values, strict=True))
-        self._sums = {}
-        rate = self._get_learning_rate()
-        problem = self.history.add({**step, "learning_rate": rate}, self._vocabulary)
-        if problem:
-            raise Diverged(self._where(problem, rate))
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        """Sums the gradients of all processes, undoes the loss's scale, clips; the norm before."""
+        most = self.plan.config.max_grad_norm
+        if self.graphs:
+            return self.graphs.finish(self.all_labels, most)
+        named = list(cast(nn.Module, self.model).parameters())
+        processes.sum_gradients(named, 1 / processes.count() if self.is_split else 1.0)
+        undo = 1 / self.loss_scale.factor
+        if undo != 1:
+            processes.scale_gradients(named, undo)
+        norm = processes.gradient_norm(named)
+        if most:
+            processes.scale_gradients(named, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _where(self, problem: str, rate: float) -> str:
-        rows = ", ".join(map(str, self.rows[:8])) + (" ..." if len(self.rows) > 8 else "")
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Takes the step's numbers off the device, and looks at them before the optimizer does.
+
+        With graphs the look comes during the next step, so that the device never waits for it; a step whose gradient
+        is not finite moves nothing all the same, since the optimizer is told so on the device.
+        """
+        norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
+        self._coming = self._send(norm)
+        if self.graphs is None:
+            self.catch_up()
+        else:
+            cast(Any, self._plain_optimizer()).found_inf = (~norm.isfinite()).float()
+        return norm
+
+    def _send(self, norm: Tensor) -> Coming:
+        """Starts the copy of the step's losses and gradient norm; what the processes decide together travels along."""
+        asked = [float(self.tokens), float(self.plan.job.stop_requested), float(self.reporter.wants_checkpoint())]
+        sums, on_device = torch.stack([*self._sums.values()]), norm.device.type == "cuda"
+        own = torch.tensor(asked, dtype=sums.dtype, pin_memory=on_device).to(sums.device, non_blocking=True)
+        together = torch.cat([sums, own])
+        if processes.count() > 1:
+            together = processes.total(together)
+        values = torch.cat([together, torch.as_tensor(norm).reshape(1)])
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_device)
+        host.copy_(values, non_blocking=True)
+        names, self._sums = list(self._sums), {}
+        sent = torch.cuda.Event() if on_device else None
+        if sent:
+            sent.record()
+        done = self.state.global_step
+        return Coming(done + 1, names, host, sent, self.rows, self.labels, self._get_learning_rate())
+
+    def catch_up(self) -> None:
+        """Looks at the numbers that were sent last: records and tells them, or raises Broke."""
+        coming, self._coming = self._coming, None
+        if coming is None:
+            return
+        if coming.sent:
+            coming.sent.synchronize()
+        *losses, tokens, stop, save, grad_norm = coming.values.tolist()
+        self.must_stop, self.must_save = stop > 0, save > 0
+        step = {**dict(zip(coming.names, losses, strict=True)), "grad_norm": grad_norm}
+        if self.loss_scale.overflowed(step["loss"], step["grad_norm"]):
+            cast(nn.Module, self.model).zero_grad()  # the optimizer has nothing to do
+            step["grad_norm"] = 0.0
+        problem = self.history.add({**step, "learning_rate": coming.rate}, self._vocabulary)
+        if problem:
+            raise Broke(self._where(problem.text, coming), coming.step - problem.steps)
+        self.reporter.told_step(coming.step, int(tokens), coming.labels, coming.rows)
+
+    def _where(self, problem: str, coming: Coming) -> str:
+        """The step's address, and what is worst in it."""
+        model, rows = cast(PreTrainedModel, self.model), coming.rows
+
+        def loss_of(some: Sequence[int]) -> float:
+            batch = collate([(row, self.plan.examples[row]) for row in some])
+            sums = loss_sums(self.plan, model, to_device(batch, model.device))
+            return float(sums["loss"]) / max(1, len(batch["labels"]))
+
+        named = ", ".join(map(str, rows[:ROWS_NAMED])) + (" ..." if len(rows) > ROWS_NAMED else "")
+        at = f"step {coming.step}: {problem} at learning rate {coming.rate:g}, training rows {named}"
+        return f"{at}; {worst_gradients(model) if self.is_split else worst(model, rows, loss_of)}"
+
+    def whole_model(self) -> PreTrainedModel:
+        """A model that is not split, with what was trained in it."""
+        trained = self._trained()
+        self.model = self.model_wrapped = self.optimizer = None  # type: ignore[assignment]
+        self.callback_handler.model = self.callback_handler.optimizer = None
+        gc.collect()
+        model = self.plan.build()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in trained:
+                    parameter.copy_(trained[name])
+        return model
+
+    def _trained(self) -> dict[str, Tensor]:
         named = cast(nn.Module, self.model).named_parameters()
-        bad = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
-        where = f"; gradient not finite first in {', '.join(bad[:3])}" if bad else ""
-        return f"step {self.state.global_step + 1}: {problem} at learning rate {rate:g}, training rows {rows}{where}"
+        return {name: processes.whole(p.detach()) for name, p in named if p.requires_grad}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        optimizer, rest = checkpoint.flatten_optimizer(cast(Any, self.optimizer).state_dict())
-        generators, seeds = checkpoint.random_state()
-        named = cast(nn.Module, self.model).named_parameters()
-        trained: dict[str, Tensor] = {name: p.detach() for name, p in named if p.requires_grad}
-        tensors = {"model": trained, "optimizer": optimizer, "random": generators, "history": self.history.tensors()}
-        state = {"optimizer": rest, "random": seeds, "scale": self.scale}
+        optimizer, rest = optimizers.flatten(self._plain_optimizer())
+        tensors = {"model": self._trained(), "optimizer": optimizer, "history": self.history.tensors()}
+        generators = processes.all_of(checkpoint.random_state())
+        tensors["random"] = {f"{i}/{name}": t for i, (own, _) in enumerate(generators) for name, t in own.items()}
+        state = {"optimizer": rest, "random": [seeds for _, seeds in generators], "scale": self.scale}
+        state["loss_scale"] = self.loss_scale.state()
         documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
-        checkpoint.write(self.plan.checkpoints, self.state.global_step, tensors, documents, self.plan.made_by)
+        if processes.rank() == 0:
+            checkpoint.write(self.plan.checkpoints, self.state.global_step, tensors, documents, self.plan.made_by)
+        processes.wait()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         found, kept = Path(resume_from_checkpoint), dict(cast(nn.Module, self.model).named_parameters())
         with torch.no_grad():
             for name, value in checkpoint.read(found, "model").items():
-                kept[name].copy_(value)
+                kept[name].copy_(processes.part_like(value, kept[name]))
         self.history.restore(checkpoint.read(found, "history"))
+        self.loss_scale.restore(checkpoint.read_state(found)["loss_scale"])
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
         if checkpoint_dir is None:
             return
-        found, optimizer, scheduler = Path(checkpoint_dir), cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        saved, groups = checkpoint.read_state(found)["optimizer"], optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(checkpoint.unflatten_optimizer(checkpoint.read(found, "optimizer"), saved, groups))
+        found, optimizer, scheduler = Path(checkpoint_dir), self._plain_optimizer(), cast(Any, self.lr_scheduler)
+        saved = checkpoint.read_state(found)["optimizer"]
+        optimizers.restore(optimizer, checkpoint.read(found, "optimizer"), saved)
         # The schedule goes on where it was, from this run's own peak: a rollback has halved it.
         scheduler.last_epoch = self.state.global_step
         rates = [
@@ -166,7 +327,29 @@ class GuardedTrainer(Trainer):
             group["initial_lr"], group["lr"] = peak, rate
         scheduler._last_lr = rates
 
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))  # below accelerate's
+
     def _load_rng_state(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is not None:
-            found = Path(checkpoint_dir)
-            checkpoint.restore_random_state(checkpoint.read(found, "random"), checkpoint.read_state(found)["random"])
+        if checkpoint_dir is None:
+            return
+        found, own = Path(checkpoint_dir), f"{processes.rank()}/"
+        seeds, tensors = checkpoint.read_state(found)["random"], checkpoint.read(found, "random")
+        if processes.rank() < len(seeds):  # a process that was not there before goes on with its own seed
+            mine = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
+            checkpoint.restore_random_state(mine, seeds[processes.rank()])
+
+
+class ShowWeights(TrainerCallback):
+    """Other weights in place from a step's first forward to its last backward; the optimizer moves the trained ones."""
+
+    def __init__(self, shown: Shown) -> None:
+        self.shown = shown
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Before the step's first micro-batch."""
+        self.shown.show(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """After its gradients."""
+        self.shown.restore()

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import Field
+
 from tasks.core.training import TrainingConfig
 
 
@@ -10,3 +12,7 @@ class FineTuneConfig(TrainingConfig):
 
     method: Literal["lora", "qlora", "full"] = "lora"
     """Adapters, adapters on a base in 4 bits (NF4), or all weights."""
+    processes: int = Field(1, ge=1, le=16)
+    """GPUs of this host that train together, one process each; `batch_size` is split over them."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """With several processes: a whole model in each, or each layer's weights and optimizer state split over them."""

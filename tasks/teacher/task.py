@@ -9,9 +9,13 @@ from tasks.teacher import FineTuneConfig
 
 
 @task(name="fine-tune", task_run_name="fine-tune {label}", **TASK)
-def fine_tune(config: FineTuneConfig, base: ModelRef, dataset: DatasetRef, label: str = "teacher") -> AnyModel:
-    """`base` fine-tuned on the dataset: an adapter, or a whole model with `method: full`."""
+def fine_tune(config: FineTuneConfig, base: AnyModel, dataset: DatasetRef, label: str = "teacher") -> AnyModel:
+    """`base` fine-tuned on the dataset: an adapter, or a whole model with `method: full`.
+
+    An adapter as `base` is trained on, and what comes out adapts the same model.
+    """
     inputs: dict[str, Input] = {"base": base, "dataset": dataset}
     if config.method == "full":
         return run_stage("teacher", config, inputs, ModelRef, label)
-    return run_stage("teacher", config, inputs, AdapterRef, label, base=base)
+    adapted = base.base if isinstance(base, AdapterRef) else base
+    return run_stage("teacher", config, inputs, AdapterRef, label, base=adapted)

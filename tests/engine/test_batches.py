@@ -32,7 +32,7 @@ def test_padded_rows_give_the_loss_and_gradients_of_the_model_itself_row_by_row(
     rows = [example(5, 3, 0), example(40, 7, 1), example(11, 1, 2)]
     batch = collate(list(enumerate(rows)), multiple=8)
     assert batch["input_ids"].shape == (3, 48) and batch["tokens"] == 67
-    hidden = hidden_states(model, batch["input_ids"], batch["positions"])
+    hidden = hidden_states(model, batch)
     ours = cross_entropy(hidden, head_of(model), batch["labels"], chunk_bytes=1)
     got = gradients(model, ours)
     one_by_one = sum(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tasks.engine import checkpoint
+from tasks.engine.optimizers import flatten, restore
 
 
 @pytest.fixture
@@ -53,11 +54,10 @@ def test_an_optimizer_s_state_survives_safetensors_and_json(tmp_path):
     for batch in batches[:2]:
         step(0, batch)
     models[1].load_state_dict(models[0].state_dict())
-    tensors, rest = checkpoint.flatten_optimizer(optimizers[0].state_dict())
+    tensors, rest = flatten(optimizers[0])
     found = checkpoint.write(tmp_path, 2, {"optimizer": tensors}, {"state": rest}, made_by="run")
     tensors, rest = checkpoint.read(found, "optimizer"), checkpoint.read_state(found)
-    groups = optimizers[1].state_dict()["param_groups"]
-    optimizers[1].load_state_dict(checkpoint.unflatten_optimizer(tensors, rest, groups))
+    restore(optimizers[1], tensors, rest)
     for batch in batches[2:]:
         step(0, batch)
         step(1, batch)

@@ -1,13 +1,17 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma3nConfig,
     Gemma3nForCausalLM,
+    Gemma3nForConditionalGeneration,
     Gemma3nTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,10 +23,12 @@ from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
 from tasks.engine import load
-from tasks.engine.head import check_head, head_of, hidden_states
-from tasks.engine.load import load_model, load_tokenizer, pick_dtype
+from tasks.engine.batches import collate
+from tasks.engine.chat import Example
+from tasks.engine.head import check_head, head_of, hidden_states, unwrap
+from tasks.engine.load import load_model, load_tokenizer, pick_dtype, training_precision
 from tasks.engine.losses import cross_entropy
-from tasks.engine.trainable import count_parameters, save_trained, trainable_model
+from tasks.engine.trainable import count_parameters, save_trained, settings_of_adapter, trainable_model
 from tests.pico import pico_model
 
 TEXT = dict(
@@ -61,8 +67,9 @@ def gemma3n(tmp_path_factory):
 def test_precision_follows_the_device():
     assert pick_dtype("auto", "cpu") == torch.float32
     assert pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    with pytest.raises(BadConfig, match="float16"):
-        pick_dtype("float16", "cpu")
+    assert training_precision("auto", Path("nowhere"), "cpu") == "float32"
+    with pytest.raises(BadConfig, match="none of auto, bfloat16, float16, float32"):
+        pick_dtype("int8", "cpu")
 
 
 def test_what_is_missing_in_a_model_directory_is_named(base, tmp_path):
@@ -119,10 +126,36 @@ def test_gemma_3n_in_four_bits_keeps_altup_and_head_and_trains(gemma3n):
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and not any("altup" in name for name in trained)
     model.train()
-    ids = torch.arange(5, 25)[None]
-    hidden = hidden_states(model, ids, torch.arange(19))
-    cross_entropy(hidden, head_of(model), ids[0, 1:]).backward()
+    ids = list(range(5, 25))
+    batch = collate([(0, Example(ids, ids))])
+    cross_entropy(hidden_states(model, batch), head_of(model), batch["labels"]).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters() if p.requires_grad)
+
+
+def test_gemma_3n_with_its_towers_is_trained_merged_and_saved_as_the_class_it_came_from(tmp_path):
+    """Its vision tower is timm's: where timm is (it wants torchvision), the whole model; its text alone is above."""
+    pytest.importorskip("timm")
+    text = dict(
+        **TEXT, vocab_size_per_layer_input=420, hidden_size_per_layer_input=256, laurel_rank=4, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
+    )  # fmt: skip
+    vision = dict(architecture="mobilenetv3_small_050", hidden_size=1024, vocab_offset=418, vocab_size=1)
+    audio = dict(hidden_size=32, conf_num_hidden_layers=1, conf_num_attention_heads=2, vocab_offset=419, vocab_size=1)
+    base = ModelDir(tmp_path / "base")
+    made = Gemma3nForConditionalGeneration(Gemma3nConfig(text_config=text, vision_config=vision, audio_config=audio))
+    made.to(torch.bfloat16).save_pretrained(base.base)
+    stored = load_file(base.base / "model.safetensors")
+    for method in ("qlora", "full"):
+        model = trainable_model(TrainingConfig(rank=2), method, base, "cpu")
+        assert type(unwrap(model)).__name__ == "Gemma3nForConditionalGeneration"
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert trained and not any(tower in name for name in trained for tower in load.TOWERS)
+        packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+        assert not any("altup" in name or "tower" in name or "lm_head" in name for name in packed)
+    save_trained(model, "full", base, "model", tmp_path / "out")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert after.keys() == stored.keys() and all(torch.equal(after[name], stored[name]) for name in stored)
+    assert type(load_model(ModelDir(tmp_path / "out"), "float32", "cpu")).__name__ == "Gemma3nForConditionalGeneration"
 
 
 def test_four_bit_modules_that_break_are_caught(monkeypatch, gemma3n):
@@ -169,8 +202,6 @@ def test_an_adapter_is_written_without_machine_paths_and_read_back(base, tmp_pat
     again = load_model(ModelDir(base, tmp_path), "float32", "cpu")
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, expected)
-    with pytest.raises(BadConfig, match="merge it"):
-        trainable_model(TrainingConfig(), "full", ModelDir(base, tmp_path), "cpu")
 
 
 def test_a_whole_model_keeps_dtype_config_and_tied_embedding(base, tmp_path):
@@ -182,3 +213,57 @@ def test_a_whole_model_keeps_dtype_config_and_tied_embedding(base, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "config.json").read_bytes() == (base / "config.json").read_bytes()
     assert (tmp_path / "tokenizer.model").is_file() and (tmp_path / "chat_template.jinja").is_file()
+
+
+def test_modules_are_chosen_by_a_regular_expression_and_a_bad_one_is_refused(base):
+    config = TrainingConfig(rank=2, target_modules=r".*layers\.1\..*\.(q_proj|up_proj)")
+    model = trainable_model(config, "lora", ModelDir(base), "cpu")
+    trained = {name.split("base_model.model.model.")[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[0] for name in trained} == {"layers.1.self_attn.q_proj", "layers.1.mlp.up_proj"}
+    with pytest.raises(ValidationError, match="neither `all-linear` nor a regular expression"):
+        TrainingConfig(target_modules="(q_proj")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_an_earlier_adapter_is_trained_on_from_where_it_was(base, tmp_path, method):
+    earlier = trainable_model(TrainingConfig(rank=2, use_rslora=True), "lora", ModelDir(base), "cpu")
+    with torch.no_grad():
+        for name, parameter in earlier.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    save_trained(earlier, "lora", ModelDir(base), "model", tmp_path)
+    adapted, ids = ModelDir(base, tmp_path), torch.arange(5, 25)[None]
+    config = TrainingConfig(rank=16, alpha=32, use_rslora=False)
+    model = trainable_model(config, method, adapted, "cpu")
+    with torch.no_grad():
+        ours = model(input_ids=ids).logits
+        before = load_model(ModelDir(base), "float32", "cpu")(input_ids=ids).logits
+        expected = load_model(adapted, "float32", "cpu")(input_ids=ids).logits
+    near = 0.3 if method == "qlora" else 1e-3  # NF4 rounds the base
+    assert float((ours - expected).abs().mean()) < near * float((before - expected).abs().mean())
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained.values()) == {torch.float32}
+    assert all("lora_" in name for name in trained) == (method != "full")
+    assert settings_of_adapter(config, adapted) == [
+        "rank=16 is not used: the earlier adapter has rank=2",
+        "use_rslora=False is not used: the earlier adapter has use_rslora=True",
+    ]
+
+
+def test_a_checkpoint_in_four_bits_on_disk_is_trained_as_it_is(base, tmp_path):
+    packed = load_model(ModelDir(base), "float32", "cpu", four_bit=True)
+    packed.save_pretrained(tmp_path)
+    shutil.copy(base / "tokenizer.json", tmp_path)
+    config, ids = TrainingConfig(rank=2), torch.arange(5, 25)[None]
+    for method in ("lora", "qlora"):
+        model = trainable_model(config, method, ModelDir(tmp_path), "cpu")
+        assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+        with torch.no_grad():
+            torch.testing.assert_close(model(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(BadConfig, match="set method=qlora"):
+        trainable_model(config, "full", ModelDir(tmp_path), "cpu")
+    other = json.loads((tmp_path / "config.json").read_text())
+    other["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(BadConfig, match="quantized by gptq"):
+        trainable_model(config, "full", ModelDir(tmp_path), "cpu")

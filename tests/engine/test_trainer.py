@@ -43,14 +43,22 @@ def sigterm():
     signal.signal(signal.SIGTERM, before)
 
 
-def plan(base, rows, work: Path, rung: int = 0, method="lora", at_micro_batch=None, made_by="run", **settings) -> Plan:
-    """`at_micro_batch(n)` is called before the nth loss: it may send signals, or return what to add to the loss."""
+def plan(
+    base, rows, work: Path, rung: int = 0, method="lora", at_micro_batch=None, at_hidden=None, made_by="run", **settings
+) -> Plan:
+    """`at_micro_batch(n)` is called before the nth loss: it may send signals, or return what to add to the loss.
+
+    `at_hidden(n, hidden, rows)` comes after the nth forward and may return what to add, with a gradient.
+    """
     calls = iter(range(1, 10_000))
 
     def objective(model, batch):
-        extra = at_micro_batch(next(calls)) if at_micro_batch else None
-        hidden = hidden_states(model, batch["input_ids"], batch["positions"])
-        return {"loss": cross_entropy(hidden, head_of(model), batch["labels"]) + (extra or 0.0)}
+        call = next(calls)
+        extra = at_micro_batch(call) if at_micro_batch else None
+        hidden = hidden_states(model, batch)
+        if at_hidden:
+            extra = at_hidden(call, hidden, batch["rows"])
+        return {"loss": cross_entropy(hidden, head_of(model), batch["labels"]) + (0.0 if extra is None else extra)}
 
     config = TrainingConfig(**(SETTINGS | settings))
     job = Job(work, rung=rung)

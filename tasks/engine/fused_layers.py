@@ -1,0 +1,191 @@
+"""Decoder layers whose projections work in groups: q/k/v as one, gate/up as one (tasks.engine.fused_lora).
+
+    groups = fuse_adapters(model)      # after peft; before each forward its hook refreshes the groups
+
+A gated MLP or an attention is replaced by one of ours with the same children under the same names, so peft's
+parameters keep their places. Ours are tried against the original on random input first; what differs, and any other
+layer with an adapter, keeps its own forward and has its single projections fused. Dropout, DoRA and biases of adapters
+stay with peft. A fused model is for training: its adapters cannot be switched off or merged.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tasks.engine.fused_lora import ADAPTER, LoraGroup, refresh
+from tasks.engine.fused_mlp import gated_mlp
+from tasks.engine.fused_nf4 import nf4_parts
+from tasks.engine.head import unwrap
+
+
+class FusedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); as one operation where the middle is the widest part and the activation known."""
+
+    NAMES = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+    def __init__(self, mlp: nn.Module, keep: bool) -> None:
+        super().__init__()
+        for name in self.NAMES:
+            setattr(self, name, getattr(mlp, name))
+        self.expand = LoraGroup([cast(LoraLayer, self.gate_proj), cast(LoraLayer, self.up_proj)])
+        self.contract = LoraGroup([cast(LoraLayer, self.down_proj)])
+        self.keep, self.silu = keep, isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
+        known = self.silu or isinstance(self.act_fn, GELUTanh)
+        ranks = self.contract.low_b.shape[1] == self.expand.low_b.shape[1]
+        biased = self.expand.bias is not None or self.contract.bias is not None
+        self.whole = known and ranks and not biased and self.expand.by_columns and not self.contract.by_columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K)."""
+        if self.whole:
+            flat = x.flatten(0, -2).to(self.expand.low_a.dtype)
+            y = gated_mlp(flat, self.expand, self.contract, self.silu, self.keep)
+            return y.view(*x.shape[:-1], -1)
+        gate, up = self.expand(x)
+        return cast(Tensor, self.contract(cast(Any, self.act_fn)(gate) * up)[0])
+
+
+class FusedAttention(nn.Module):
+    """Attention as Llama, Qwen and Gemma 3 write it (some with norms of heads); q, k and v as one product."""
+
+    NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+    NORMS = ("q_norm", "k_norm")
+
+    def __init__(self, attention: Any, keep: bool) -> None:
+        super().__init__()
+        for name in (*self.NAMES, *(norm for norm in self.NORMS if hasattr(attention, norm))):
+            setattr(self, name, getattr(attention, name))
+        self.config, self.head_dim, self.scaling = attention.config, attention.head_dim, attention.scaling
+        self.dropout, self.is_causal = attention.attention_dropout, attention.is_causal
+        self.num_key_value_groups = attention.num_key_value_groups
+        self.sliding_window = getattr(attention, "sliding_window", None)
+        self.rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        self.read = LoraGroup([cast(LoraLayer, getattr(self, name)) for name in self.NAMES[:3]])
+        self.write = LoraGroup([cast(LoraLayer, self.o_proj)])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, L, H) -> (B, L, H), and attention weights where the implementation gives them."""
+        if past_key_values is not None:
+            raise ValueError("a fused model is for training: set use_cache=False")
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (part.reshape(shape) for part in self.read(hidden_states))
+        if hasattr(self, "q_norm"):
+            query, key = cast(Any, self.q_norm)(query), cast(Any, self.k_norm)(key)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        query, key = self.rotate(query, key, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **others,
+        )
+        return self.write(out.reshape(*hidden_states.shape[:-1], -1))[0], weights
+
+
+def fuse_adapters(model: PreTrainedModel, keep: bool = True) -> list[LoraGroup]:
+    """Fuses what can be; the groups made, none for a model without plain LoRA adapters. `keep`: see fused_mlp."""
+    for parent in list(unwrap(model).modules()):
+        for name, child in list(parent.named_children()):
+            kind = _kind(child)
+            replaced = _replacement(child, kind, keep) if kind else None
+            if replaced is not None:
+                setattr(parent, name, replaced)
+    groups = [module for module in unwrap(model).modules() if isinstance(module, LoraGroup)]
+    inside = {id(member) for group in groups for member in group.members}
+    for module in list(unwrap(model).modules()):
+        if id(module) not in inside and _is_plain(module):
+            groups.append(_fuse_one(cast(LoraLayer, module)))
+    if groups:
+        body = unwrap(model).base_model
+        body.register_forward_pre_hook(lambda *_: refresh(groups))
+    return groups
+
+
+def _fuse_one(layer: LoraLayer) -> LoraGroup:
+    group = LoraGroup([layer])
+    module = cast(Any, layer)
+    module.forward = lambda x: group(x)[0].to(x.dtype)
+    return group
+
+
+def _kind(module: nn.Module) -> Callable[[Any, bool], nn.Module] | None:
+    """The class that could replace a module, by the names of its children."""
+    names = {name for name, _ in module.named_children()}
+    if names == set(FusedMLP.NAMES) and _together(module, FusedMLP.NAMES[:2]) and _is_plain(module.down_proj):
+        return FusedMLP
+    attention = names - set(FusedAttention.NORMS) == set(FusedAttention.NAMES)
+    if attention and _together(module, FusedAttention.NAMES[:3]) and _is_plain(module.o_proj):
+        return FusedAttention
+    return None
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether an adapter is one of the kind that is fused: no dropout, no DoRA, no bias; its base dense or NF4."""
+    if not isinstance(module, LoraLayer) or list(module.active_adapters) != [ADAPTER] or module.merged:
+        return False
+    base = cast(Any, module.get_base_layer())
+    plain = not module.lora_variant and isinstance(module.lora_dropout[ADAPTER], nn.Identity)
+    dense = type(base) is nn.Linear and not getattr(module, "fan_in_fan_out", False)
+    quantized = type(base).__name__ == "Linear4bit" and nf4_parts(base.weight) is not None
+    return plain and cast(Any, module).lora_B[ADAPTER].bias is None and (dense or quantized)
+
+
+def _together(parent: nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether children are adapted with one rank on bases of one kind and dtype."""
+    children = [cast(Any, getattr(parent, name)) for name in names]
+    if not all(_is_plain(child) for child in children):
+        return False
+    return len({(child.r[ADAPTER], child.get_base_layer().weight.dtype) for child in children}) == 1
+
+
+@torch.no_grad()
+def _replacement(module: Any, kind: Callable[[Any, bool], nn.Module], keep: bool) -> nn.Module | None:
+    """Ours, if it computes what the module does on random input; else None, and the module is as it was."""
+    weights = {name: parameter.data for name, parameter in module.named_parameters()}
+    base = next(module.children()).get_base_layer()
+    dtype = base.weight.dtype if base.weight.is_floating_point() else base.weight.quant_state.dtype
+    x = torch.randn(1, 8, base.in_features, dtype=dtype, device=base.weight.device)
+    inputs: tuple[Any, ...] = (x,)
+    if kind is FusedAttention:
+        angle = torch.randn(1, 8, module.head_dim // 2, device=x.device).repeat(1, 1, 2)
+        inputs = (x, (angle.cos().to(dtype), angle.sin().to(dtype)), None)
+    training = module.training
+    try:
+        want = _first(module.eval()(*inputs))
+        replaced = kind(module, keep).eval()
+        refresh(group for group in replaced.modules() if isinstance(group, LoraGroup))
+        got = _first(replaced(*inputs))
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
+        got = torch.full_like(x, torch.nan)
+    finally:
+        module.train(training)
+    near = 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if torch.allclose(got, want, rtol=near, atol=near * float(want.abs().max())):
+        return replaced.train(training)
+    for name, parameter in module.named_parameters():
+        parameter.data = weights[name]
+    return None
+
+
+def _first(output: Any) -> Tensor:
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)

@@ -1,0 +1,198 @@
+"""A micro-batch's forward and backward as one CUDA graph: captured once for each shape, replayed without launches.
+
+    graphs = Graphs(model, objective)       # objective(model, batch) -> sums, "loss" among them
+    graphs.begin()                          # at a step's start: gradients are 0
+    sums = graphs.run(batch)                # the gradient of sums["loss"] is added; the same numbers as without
+
+A small student is bound by launches: a graph takes them off the CPU. Shapes have to be static (tasks.engine.packing),
+so labels are filled up, with -100, to the most that a micro-batch of the same length has. Gradients live in one float32
+buffer, where the head's products and the embedding's look-ups add theirs in place; a buffer of the vocabulary's size
+is never made twice. The residual stream is in the autocast dtype, as it is when the model is served.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from transformers import PreTrainedModel
+
+from tasks.engine import processes
+from tasks.engine.batches import Batch
+from tasks.engine.chat import IGNORE
+from tasks.engine.feed import Feed
+from tasks.engine.head import unwrap
+
+LABELS = 128  # a number of labels is rounded up to a multiple of this
+KEPT = 1.0  # share of the activations that compiled layers keep; less is recomputed, cheapest first
+ALIGNED = 64  # elements: a parameter's gradient begins at 256 bytes
+BY_LABEL = ("positions", "labels", "label_weights")  # and all whose name begins with "teacher_"
+
+Sums = dict[str, Tensor]
+
+
+def most_labels(batches: Feed) -> dict[int, int]:
+    """By static length, the most labels that a micro-batch of it has, rounded up."""
+    assert batches.packing is not None
+    tokens = [len(example.input_ids) for example in batches.examples]
+    labels = [len(example.answer_ids) for example in batches.examples]
+    found: dict[int, int] = {}
+    for rows in batches.micro_batches:
+        length = batches.packing.length(sum(tokens[row] for row in rows))
+        count = sum(labels[row] for row in rows)
+        found[length] = max(found.get(length, 0), -(-count // LABELS) * LABELS)
+    return found
+
+
+def fill_labels(batch: Batch, most: dict[int, int]) -> Batch:
+    """The batch with its labels, and all that goes with each, filled up: labels of -100, else zeros."""
+    more = most[batch["input_ids"].shape[1]] - len(batch["labels"])
+    filled: dict[str, Any] = {**batch, "answers": len(batch["labels"])}
+    for name, value in filled.items():
+        if isinstance(value, Tensor) and (name in BY_LABEL or name.startswith("teacher_")):
+            padding = [0, 0] * (value.dim() - 1) + [0, more]
+            filled[name] = F.pad(value, padding, value=IGNORE if name == "labels" else 0)
+    return cast(Batch, filled)
+
+
+class Graphs:
+    """The graphs of one model and objective, and the buffer of its gradients."""
+
+    def __init__(
+        self, model: PreTrainedModel, objective: Callable[[PreTrainedModel, Batch], Sums], most: dict[int, int]
+    ) -> None:
+        self.model, self.objective, self.most = model, objective, most
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        starts, size = [], 0
+        for parameter in self.trained:
+            starts.append(size)
+            size += -(-parameter.numel() // ALIGNED) * ALIGNED
+        self.flat = torch.zeros(size, dtype=torch.float32, device=model.device)
+        self.grads = [self.flat[s : s + p.numel()].view(p.shape) for s, p in zip(starts, self.trained, strict=True)]
+        own = {id(p): grad for p, grad in zip(self.trained, self.grads, strict=True)}
+        self.head_grad = own.get(id(cast(Any, unwrap(model)).get_output_embeddings().weight))
+        self.look = Look(unwrap(model).get_input_embeddings(), own)
+        self.warm: set[tuple[Any, ...]] = set()
+        self.captured: dict[tuple[Any, ...], _Captured] = {}
+
+    def begin(self) -> None:
+        """Gradients of 0, in place: whoever took them away at the last step's end gets the same ones."""
+        self.flat.zero_()
+        for parameter, grad in zip(self.trained, self.grads, strict=True):
+            parameter.grad = grad
+
+    def finish(self, labels: Tensor | int, most: float) -> Tensor:
+        """Sums the gradients over all processes, makes them those of the mean over `labels`, and clips them to a norm
+        of `most` (0: not at all) in the same pass; the norm before."""
+        processes.total(self.flat)
+        norm: Tensor = torch.linalg.vector_norm(self.flat) / labels
+        self.flat.mul_(((most / (norm + 1e-6)).clamp(max=1.0) if most else 1.0) / labels)
+        return norm
+
+    def run(self, batch: Batch) -> Sums:
+        """The objective's sums, detached; their tensors hold until the next call."""
+        shape = tuple((name, tuple(v.shape)) for name, v in sorted(batch.items()) if isinstance(v, Tensor))
+        key = (*shape, batch["longest"])
+        if key in self.warm:
+            if key not in self.captured:
+                torch.cuda.empty_cache()
+                pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
+                self.captured[key] = _Captured(batch, self._work, pool)
+            return self.captured[key].replay(batch)
+        self.captured.clear()  # their memory is needed: the first time, a shape runs (and compiles) without a graph
+        torch.cuda.empty_cache()
+        self.warm.add(key)
+        return self._work(batch)
+
+    def _work(self, batch: Batch) -> Sums:
+        own = cast(Batch, {**batch, "head_grad": self.head_grad} if self.head_grad is not None else batch)
+        with self.look, functorch_config.patch(activation_memory_budget=KEPT):
+            sums = self.objective(self.model, own)
+        sums["loss"].backward()
+        return {name: value.detach() for name, value in sums.items()}
+
+
+class _Captured:
+    def __init__(self, batch: Batch, work: Callable[[Batch], Sums], pool: Any) -> None:
+        self.inputs = {name: value.clone() for name, value in batch.items() if isinstance(value, Tensor)}
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        # Only this thread must leave the device alone meanwhile: the one that makes batches ready pins memory.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.sums = work(cast(Batch, {**batch, **self.inputs}))
+
+    def replay(self, batch: Batch) -> Sums:
+        for name, value in self.inputs.items():
+            value.copy_(cast(dict[str, Tensor], batch)[name], non_blocking=True)
+        self.graph.replay()
+        return self.sums
+
+
+class Look:
+    """While it is entered, the input embedding adds its gradient into a buffer itself, in one product's order.
+
+    Autograd would make a gradient as large as the vocabulary for a look-up of some thousand rows.
+    """
+
+    def __init__(self, embedding: nn.Module, grads: dict[int, Tensor]) -> None:
+        self.embedding = cast(Any, embedding)
+        self.into = grads.get(id(self.embedding.weight)) if _is_scaled_look_up(self.embedding) else None
+        self.anchor = torch.zeros((), device=self.embedding.weight.device, requires_grad=True)
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        if self.into is not None:
+            self.handles = [
+                self.embedding.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None),
+                self.embedding.register_forward_hook(self._hook),
+            ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def _hook(self, module: Any, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        if torch.is_autocast_enabled("cuda"):
+            output = output.to(torch.get_autocast_dtype("cuda"))
+        return cast(
+            Tensor,
+            cast(Any, _Looked).apply(self.anchor, output, arguments[0], self.into, _scale(module), module.padding_idx),
+        )
+
+
+class _Looked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, output: Tensor, ids: Tensor, into: Tensor, scale: float, padding: int | None
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.into, ctx.scale, ctx.padding = into, scale, padding
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ids = ctx.saved_tensors[0].flatten()
+        added = grads[0].flatten(0, -2).float() * ctx.scale
+        if ctx.padding is not None:
+            added = added * (ids != ctx.padding)[:, None]
+        ctx.into.index_put_((ids,), added, accumulate=True)  # sorted on CUDA: the same sum every time
+        return (None,) * 6
+
+
+def _scale(embedding: Any) -> float:
+    """What a row is multiplied by on its way out (Gemma: sqrt(hidden))."""
+    return float(getattr(embedding, "scalar_embed_scale", 1.0))
+
+
+def _is_scaled_look_up(embedding: Any) -> bool:
+    """Whether the module gives its weight's rows times a number, and nothing else."""
+    if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
+        return False
+    ids = torch.tensor([[1, 3, 2]], device=embedding.weight.device)
+    with torch.no_grad():
+        rows = embedding.weight[ids] * torch.tensor(_scale(embedding), dtype=embedding.weight.dtype)
+        return torch.allclose(embedding(ids), rows, rtol=1e-5)

@@ -1,0 +1,164 @@
+"""The settings that fit a card: micro-batch, recompute and optimizer, the effective batch as it was.
+
+config, plan = fit(config, "lora", base, lengths, gib=22.5)     # BadConfig, with the numbers, when nothing fits
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from tasks.core.errors import BadConfig
+from tasks.core.ladder import micro_batch
+from tasks.core.refs import ModelDir
+from tasks.core.training import TrainingConfig
+from tasks.engine.batches import row_order
+from tasks.engine.memory.predict import GIB, Load, Parts, load_of, predict
+from tasks.engine.memory.shapes import Shapes, shapes_of
+from tasks.engine.packing import plan_packing
+from tasks.engine.trainable import Method
+
+C = TypeVar("C", bound=TrainingConfig)
+BUSY = 4096  # tokens of a micro-batch from which a card is about fully used
+STEPS_LOOKED_AT = 200
+
+
+class Choice(NamedTuple):
+    """One way to run: its settings, what it needs, and about how long a step takes beside the others."""
+
+    micro_batch: int
+    tokens: int
+    recompute: bool
+    optimizer: str
+    parts: Parts
+    cost: float
+
+    def fits(self, gib: float) -> bool:
+        """Whether a card with so much to give holds it."""
+        return self.parts.card <= gib
+
+    def say(self) -> str:
+        """In words."""
+        recompute = "with" if self.recompute else "without"
+        rows = f"micro-batch {self.micro_batch} ({self.tokens} tokens), {recompute} recompute, {self.optimizer}"
+        return f"{rows}: {self.parts.card:.1f} GiB of the card, {self.parts.peak:.1f} in tensors"
+
+
+class MemoryPlan(NamedTuple):
+    """All that was looked at, and what was chosen."""
+
+    gib: float
+    chosen: Choice
+    looked_at: list[Choice]
+
+    def document(self) -> dict[str, object]:
+        """As it goes into the report."""
+        rows = [
+            {**choice._asdict(), "parts": {k: round(v, 3) for k, v in choice.parts.table().items()}}
+            for choice in self.looked_at
+        ]
+        return {"card_gib": round(self.gib, 2), "chosen": self.looked_at.index(self.chosen), "looked_at": rows}
+
+    def page(self) -> str:
+        """As a table to read."""
+        names = list(self.chosen.parts.table())
+        head = ["micro-batch", "tokens", "recompute", "optimizer", *names, "fits"]
+        lines = [
+            f"# Memory plan for {self.gib:.1f} GiB\n",
+            "All in GiB. `peak` is what torch allocates, `card` what the card must have.\n",
+            "| " + " | ".join(head) + " |",
+            "|" + "---|" * len(head),
+        ]
+        for choice in self.looked_at:
+            numbers = [f"{value:.2f}" for value in choice.parts.table().values()]
+            mark = "**chosen**" if choice is self.chosen else "yes" if choice.fits(self.gib) else "no"
+            cells = [str(choice.micro_batch), str(choice.tokens), "yes" if choice.recompute else "no", choice.optimizer]
+            lines.append("| " + " | ".join([*cells, *numbers, mark]) + " |")
+        return "\n".join(lines) + "\n"
+
+    def write(self, out: Path) -> None:
+        """Into the stage's report."""
+        (out / "report").mkdir(exist_ok=True)
+        (out / "report" / "memory_plan.md").write_text(self.page(), encoding="utf-8")
+        (out / "report" / "memory_plan.json").write_text(json.dumps(self.document(), indent=1), encoding="utf-8")
+
+
+def card_gib() -> float | None:
+    """GiB of the CUDA device that others do not use, or None without one; whole GiB below 1, so that it stays put."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    ours = torch.cuda.memory_reserved()
+    used = (total - free - ours) / GIB
+    return total / GIB - (0.0 if used < 1.0 else math.ceil(used))
+
+
+def fit(
+    config: C, method: Method, base: ModelDir, lengths: Sequence[int], labels: float, gib: float, processes: int = 1
+) -> tuple[C, MemoryPlan]:
+    """The config that fits, and all that was looked at.
+
+    `lengths` are the rows' tokens, `labels` the share of them with a label. Raises BadConfig when nothing fits.
+    """
+    shapes = shapes_of(base, config, method)
+    choices = list(_choices(config, method, shapes, lengths, labels, processes))
+    fitting = [choice for choice in choices if choice.fits(gib)]
+    if not fitting:
+        least = min(choices, key=lambda choice: choice.parts.card)
+        parts = ", ".join(f"{name} {value:.1f}" for name, value in least.parts._asdict().items() if value >= 0.05)
+        raise BadConfig(
+            f"{gib:.1f} GiB of device memory are not enough. The least: {least.say()} ({parts}). Set a smaller "
+            f"max_length (the longest row has {max(lengths)} tokens){_advice(method)}; memory_gib=off tries it anyway"
+        )
+    chosen = min(fitting, key=lambda choice: choice.cost)
+    update = {
+        "micro_batch_size": chosen.micro_batch,
+        "gradient_checkpointing": chosen.recompute,
+        "optimizer": chosen.optimizer,
+    }
+    return config.model_copy(update=update), MemoryPlan(gib, chosen, choices)
+
+
+def _advice(method: Method) -> str:
+    return {"full": ", method=lora", "lora": ", method=qlora or a smaller base", "qlora": " or a smaller base"}[method]
+
+
+def _choices(
+    config: TrainingConfig, method: Method, shapes: Shapes, lengths: Sequence[int], labels: float, processes: int
+) -> Iterator[Choice]:
+    own = config.batch_size // processes
+    size = micro_batch(own, config.micro_batch_size)
+    optimizers = dict.fromkeys([config.optimizer, "paged_adamw_8bit"])
+    while True:
+        tokens = tokens_of(lengths, config.batch_size, size * processes, config.seed)
+        for optimizer in optimizers:
+            for recompute in [True] if config.gradient_checkpointing else [False, True]:
+                tried = config.model_copy(update={"gradient_checkpointing": recompute, "optimizer": optimizer})
+                parts = _worst(shapes, load_of(tried, method, tokens, math.ceil(tokens * labels)), config.compile)
+                yield Choice(size, tokens, recompute, optimizer, parts, _cost(config, tokens, recompute, optimizer))
+        if size == 1:
+            return
+        size = micro_batch(own, size // 2)
+
+
+def _worst(shapes: Shapes, load: Load, compile: str) -> Parts:
+    """The larger of both ways where the run itself decides whether to compile."""
+    ways = {"on": [True], "off": [False], "auto": [True, False]}[compile]
+    return max((predict(shapes, load._replace(compiled=compiled)) for compiled in ways), key=lambda parts: parts.peak)
+
+
+def tokens_of(lengths: Sequence[int], batch_size: int, size: int, seed: int) -> int:
+    """Tokens of the largest of micro-batches of `size` rows, from the order in which the rows will come."""
+    steps = min(STEPS_LOOKED_AT, max(1, len(lengths) // batch_size))
+    order = row_order(lengths, batch_size, steps, seed)
+    dealt = plan_packing(lengths, order, batch_size, size, 0, 1).micro_batches
+    return max(sum(lengths[row] for row in rows) for rows in dealt)
+
+
+def _cost(config: TrainingConfig, tokens: int, recompute: bool, optimizer: str) -> float:
+    """About how much longer a step takes: a third for recompute, more for a micro-batch that leaves the card idle."""
+    slower = (4 / 3 if recompute else 1.0) * (1 + max(0.0, BUSY / tokens - 1) / 4)
+    return slower * (1.05 if optimizer != config.optimizer else 1.0)

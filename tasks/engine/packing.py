@@ -1,0 +1,172 @@
+"""Rows packed one behind the other into micro-batches of planned length: no padding, and shapes known in advance.
+
+    reason = make_packable(model, dtype)             # None, or why this architecture has to be padded
+    packing = plan_packing(lengths, order, batch_size, micro_batch, shapes=1, multiple=128)
+    items = [(row, examples[row]) for row in packing.micro_batches[i]]
+    hidden = hidden_states(model, to_device(pack(items, packing), model.device))      # tasks.engine.head
+
+The order of rows is known before the run, so every optimizer step's `batch_size` rows are dealt to the same number of
+micro-batches, as evenly as their lengths allow, and the tensors of all of them have one of `shapes` static lengths:
+`torch.compile` meets no new shape in the middle of a run, and a CUDA graph can be replayed. What is left of a
+length is filled with rows of zeros that carry no label. `shapes=0` fills nothing (lengths differ; for the CPU).
+
+Exact: a row's tokens see their own row alone (tasks.engine.attention), its positions begin at 0, and labels come in
+the order of `Batch.rows`. A step's loss is the sum over its micro-batches divided by the step's labels, as ever.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from tasks.engine.attention import use_packed_attention
+from tasks.engine.batches import Batch, collate, to_device
+from tasks.engine.chat import IGNORE, Example
+from tasks.engine.head import hidden_states, unwrap
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`micro_batches` are lists of rows, a step's side by side; the rest are the shapes of their tensors.
+
+    `lengths` are the static token counts, ascending (empty: each micro-batch as long as its rows); `segments` is the
+    number of entries of `cu_seqlens` less one, `longest` the tokens of the longest row, both fixed for the run.
+    """
+
+    micro_batches: list[list[int]]
+    lengths: tuple[int, ...]
+    segments: int
+    longest: int
+
+    def length(self, tokens: int) -> int:
+        """The static length that `tokens` fit into."""
+        return next((length for length in self.lengths if length >= tokens), tokens)
+
+
+def plan_packing(
+    lengths: Sequence[int], order: Sequence[int], batch_size: int, micro_batch: int, shapes: int, multiple: int
+) -> Packing:
+    """Packs `order` (row_order's: `batch_size` rows a step), `batch_size / micro_batch` micro-batches a step.
+
+    `micro_batch` is the mean number of rows in one; static lengths are rounded up to `multiple`.
+    """
+    parts = batch_size // micro_batch
+    dealt = [
+        part
+        for start in range(0, len(order), batch_size)
+        for part in _deal(lengths, order[start : start + batch_size], parts)
+    ]
+    return _shaped(lengths, dealt, shapes, multiple)
+
+
+def pack_all(lengths: Sequence[int], room: int, static: bool = False) -> Packing:
+    """Packs every row once into micro-batches of at most `room` tokens (or the longest row's), longest rows first.
+
+    For validation and the teacher's pass, where order and number of micro-batches do not matter (first-fit decreasing).
+    """
+    room = max(room, max(lengths, default=1))
+    filled: list[list[int]] = []
+    free: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        fits = next((i for i, left in enumerate(free) if left >= lengths[row]), len(filled))
+        if fits == len(filled):
+            filled.append([])
+            free.append(room)
+        filled[fits].append(row)
+        free[fits] -= lengths[row]
+    return _shaped(lengths, filled, 1 if static else 0, 128)
+
+
+def _deal(lengths: Sequence[int], rows: Sequence[int], parts: int) -> list[list[int]]:
+    """Rows dealt to `parts`, longest first, each to the part with the fewest tokens so far (Graham's LPT)."""
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        least = min(range(parts), key=lambda part: (loads[part], part))
+        dealt[least].append(row)
+        loads[least] += lengths[row]
+    return dealt
+
+
+def _shaped(lengths: Sequence[int], micro_batches: list[list[int]], shapes: int, multiple: int) -> Packing:
+    """The packing with the static lengths that hold equal shares of its micro-batches, by their tokens."""
+    loads = sorted(sum(lengths[row] for row in rows) for rows in micro_batches)
+    at = [-(-len(loads) * (i + 1) // shapes) - 1 for i in range(shapes if loads else 0)]
+    static = tuple(sorted({-(-loads[i] // multiple) * multiple for i in at}))
+    packing = Packing(micro_batches, static, 0, max(lengths, default=1))
+    segments = max((_segments(packing, lengths, rows) for rows in micro_batches), default=0)
+    return replace(packing, segments=segments)
+
+
+def _segments(packing: Packing, lengths: Sequence[int], rows: Sequence[int]) -> int:
+    tokens = sum(lengths[row] for row in rows)
+    return len(rows) - (tokens - packing.length(tokens)) // packing.longest  # rows, and rows of zeros behind them
+
+
+def pack(items: Sequence[tuple[int, Example]], packing: Packing) -> Batch:
+    """A micro-batch as tensors: `input_ids` and `position_ids` (1, length), `cu_seqlens` (segments + 1,) int32.
+
+    Behind the last row's end `cu_seqlens` repeats the length: empty rows, so that its shape is static.
+    """
+    sizes = [len(example.input_ids) for _, example in items]
+    tokens = sum(sizes)
+    length = packing.length(tokens)
+    fill = [min(packing.longest, length - start) for start in range(tokens, length, packing.longest)]
+    segments = [*sizes, *fill]
+    input_ids, labels = torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE)
+    ends = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    for (_, example), start in zip(items, ends.tolist(), strict=False):
+        end = start + len(example.input_ids)
+        input_ids[start:end] = torch.tensor(example.input_ids)
+        labels[start : end - 1] = torch.tensor(example.labels[1:])  # a position predicts the next token of its row
+    empty = max(0, packing.segments - len(segments)) if packing.lengths else 0
+    positions = (labels != IGNORE).nonzero().squeeze(1)
+    return {
+        "input_ids": input_ids[None],
+        "positions": positions,
+        "labels": labels[positions],
+        "rows": [row for row, _ in items],
+        "tokens": tokens,
+        "position_ids": torch.cat([torch.arange(size) for size in segments])[None],
+        "cu_seqlens": torch.cat([ends, ends[-1:].expand(empty)]),
+        "longest": packing.longest if packing.lengths else max(sizes),
+    }
+
+
+def make_packable(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
+    """Gives the model packed attention and tries it on two short rows; None, or the reason why it must be padded.
+
+    `dtype` is what queries and keys are multiplied in. A model that fails gets its own attention back.
+    """
+    inner = unwrap(model)
+    before = {name: getattr(inner.config, name)._attn_implementation for name in inner.config.sub_configs}
+    before |= {"": inner.config._attn_implementation}
+    rows = [(row, Example(ids, ids)) for row, ids in enumerate([list(range(1, 4)), list(range(4, 13))])]
+    packing = Packing([[0, 1]], (), 2, 9)
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad(), torch.autocast(inner.device.type, dtype, enabled=dtype != torch.float32):
+            want = torch.cat([_hidden(model, collate([row])) for row in rows])
+            noise = _distance(_hidden(model, collate(rows)), want)
+            use_packed_attention(inner, dtype)
+            got = _hidden(model, pack(rows, packing))
+        # Products of other shapes round otherwise: a deep model in half precision by several percent.
+        if _distance(got, want) <= max(3 * noise, 1e-3 if dtype == torch.float32 else 2e-2):
+            return None
+        reason = "its rows see each other, or their place in the batch"
+    except (TypeError, ValueError) as error:
+        reason = str(error)
+    finally:
+        model.train(training)
+    inner.set_attn_implementation(before)
+    return f"{type(inner).__name__} cannot be packed: {reason}"
+
+
+def _hidden(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    return hidden_states(model, to_device(batch, model.device)).float()
+
+
+def _distance(ours: torch.Tensor, want: torch.Tensor) -> float:
+    return float((ours - want).norm() / want.norm())

@@ -1,0 +1,42 @@
+"""Operations of a step, counted by hand for a pico model."""
+
+import pytest
+
+from tasks.core.refs import ModelDir
+from tasks.core.training import TrainingConfig
+from tasks.engine.throughput import Meter, cost_of, pairs, peak_flops
+from tasks.engine.trainable import trainable_model
+from tests.pico import pico_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return ModelDir(pico_model(tmp_path_factory.mktemp("base"), hidden=32))
+
+
+def test_a_frozen_weight_costs_four_operations_a_token_and_a_trained_one_six(base):
+    hidden, query, key, ffn, vocabulary, layers, rank = 32, 64, 32, 64, 401, 2, 4
+    weights = layers * (hidden * (2 * query + 2 * key) + 3 * hidden * ffn)
+    low_rank = layers * rank * (hidden + query + hidden + key + hidden + key + query + hidden + 3 * (hidden + ffn))
+    full = cost_of(trainable_model(TrainingConfig(), "full", base, "cpu"))
+    lora = cost_of(trainable_model(TrainingConfig(rank=rank), "lora", base, "cpu"))
+    qlora = cost_of(trainable_model(TrainingConfig(rank=rank), "qlora", base, "cpu"))
+    assert full.layers == 6 * weights and full.head == 6 * hidden * vocabulary
+    assert lora.layers == 4 * weights + 6 * low_rank and lora.head == 4 * hidden * vocabulary
+    assert qlora == lora, "a 4-bit weight counts by its elements"
+    assert full.pair == 12 * query * layers
+    assert full.step(10, 5, 100) == 10 * full.layers + 5 * full.head + 100 * full.pair
+
+
+def test_a_window_bounds_the_keys_that_a_query_meets(base):
+    model = trainable_model(TrainingConfig(), "full", base, "cpu")
+    model.config.sliding_window, model.config.layer_types = 4, ["sliding_attention", "full_attention"]
+    assert pairs([10], model) == (4 * 4 / 2 + 6 * 4) / 2 + (10 * 10 / 2) / 2
+
+
+def test_a_run_s_speed_is_its_median_step_s_without_the_first(base):
+    meter = Meter(trainable_model(TrainingConfig(rank=2), "lora", base, "cpu"))
+    for seconds in [9.0] * 5 + [0.5] * 8:
+        told = meter.step(seconds, 100, 50, [50, 50], processes=2)
+    assert told == {"tokens_per_second": 200.0} and peak_flops("cpu") is None
+    assert meter.summary() == {"seconds_per_step": 0.5, "tokens_per_second": 200.0, "rows_per_second": 8.0}

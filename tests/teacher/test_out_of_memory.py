@@ -1,0 +1,64 @@
+"""Out of memory for real: a lid on the process's memory, the rungs down from it, and MLflow's record of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tasks.core import child
+from tasks.core.refs import ModelDir
+from tasks.core.settings import Settings
+from tasks.core.shell import descend
+from tasks.core.tracking import Tracker
+from tasks.teacher import FineTuneConfig
+from tests.engine.rows import example_dataset
+from tests.pico import pico_model
+
+# The MLP is the memory: 8192 wide in float32, so that 64 rows of 50 tokens take 100 MiB each time it is kept.
+SETTINGS = dict(rank=2, batch_size=64, micro_batch_size=64, max_steps=3, save_every_steps=1, loss_chunk_mib=8)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return ModelDir(pico_model(tmp_path_factory.mktemp("base"), hidden=32, intermediate_size=8192))
+
+
+def descended(base, tmp_path: Path, monkeypatch, cap: int, **settings):
+    """The run's tags in MLflow, its events, and the step of the checkpoint it went on from."""
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("CAP_MIB", str(cap))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    dataset, work, events, said = example_dataset(tmp_path / "dataset"), tmp_path / "work", [], []
+    config = tmp_path / "config.json"
+    config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
+    arguments = [str(config), "--base", str(base.base), "--dataset", str(dataset), "--out", str(tmp_path / "out")]
+    tracker = Tracker("flow", "otter", Settings(), pytest.fail)
+    with tracker.stage("teacher") as run:
+
+        def on_event(event) -> None:
+            if event["event"] == "tags":
+                run.tags(**event["values"])
+            events.append(event)
+
+        def start(rungs: int) -> None:
+            arguments_now = [*arguments, "--work", str(work), "--rung", str(rungs)]
+            child.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200)
+
+        try:
+            descend(start, tmp_path / "rung", run, said.append)
+        finally:
+            tags = MlflowClient(Settings().tracking_uri).get_run(run.run_id).data.tags
+    return tags, events, said
+
+
+def test_a_lid_on_memory_is_met_by_smaller_micro_batches_until_it_fits(base, tmp_path, monkeypatch):
+    tags, events, said = descended(base, tmp_path, monkeypatch, cap=800)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    taken = int((tmp_path / "rung").read_text())
+    assert taken >= 1 and report["details"]["batch"]["effective"] == 64
+    assert report["details"]["batch"]["micro"] == 64 >> taken
+    assert tags["rung.1"] == "micro-batch 64 -> 32, accumulated to 64 as before"
+    assert "allocate" in tags["out_of_memory.1"] and len(said) == taken
+    assert report["facts"]["steps"] == 3
