@@ -1,10 +1,11 @@
 """Distils the teacher into the student: the teacher's whole distribution on the answers, mixed with the labels."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.core.training import TrainingConfig
+from tasks.distill.states import StatesConfig, TeacherPrecision
 
 
 class DistillConfig(TrainingConfig):
@@ -14,13 +15,66 @@ class DistillConfig(TrainingConfig):
     """Train all of the student's weights, or adapters."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate: about 5e-5 for all weights, 2e-4 for adapters."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """KL(teacher || student), KL(student || teacher), or the generalized Jensen-Shannon divergence."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"] = "forward_kl"
+    """KL(teacher || student), KL(student || teacher), the generalized Jensen-Shannon divergence, or one of the first
+    two against a mixture with the first distribution (DistiLLM)."""
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share in the mixture of `jsd` (arXiv 2306.13649)."""
+    skew: float = Field(0.1, ge=0, lt=1)
+    """That distribution's share in the mixture of `skew_kl` and `skew_reverse_kl` (arXiv 2402.03898)."""
     temperature: float = Field(2, gt=0, le=100)
     """Softens both distributions; the divergence and its gradient are multiplied by T^2 to keep their size."""
     kd_weight: float = Field(0.7, ge=0)
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(0.3, ge=0)
     """Weight of the cross-entropy with the labels."""
+    balance: bool = False
+    """Change both weights, their sum kept, so that weight times gradient norm (`kd_grad_norm`, `ce_grad_norm`, means of
+    the last 20 steps) of divergence and cross-entropy stand in the ratio kd_weight : ce_weight."""
+    teacher_online: bool = False
+    """Keep the teacher in memory and ask it at every step, instead of once for its states on disk."""
+    teacher_precision: TeacherPrecision = "auto"
+    """What the teacher computes in; `8bit` and `4bit` store its weights so (CUDA only)."""
+    clip_norms: float | None = Field(None, gt=0, lt=1)
+    """Clip the teacher's norm weights at this quantile of their absolute values first. An ablation: it harms."""
+    states_budget_gib: float = Field(64, ge=0)
+    """Above so many GiB of teacher states on disk, only the `top_k` logits and the mass of the others are kept."""
+    top_k: int = Field(64, ge=1, le=4096)
+    """How many logits those are."""
+    wrong_row_weight: float = Field(1, ge=0, le=1)
+    """Weight of training rows that the teacher gets wrong (see report/teacher.html); 0 leaves them out."""
+    min_teacher_accuracy: float = Field(0, ge=0, le=1)
+    """The run stops when the teacher gets a smaller share of the validation rows right (greedily, token for token)."""
+    max_teacher_loss: float | None = Field(None, gt=0)
+    """The run stops when the teacher's cross-entropy a token on the validation rows is higher."""
+    on_policy_rounds: int = Field(0, ge=0, le=20)
+    """So many times more, the student answers some rows itself and learns what the teacher would have said (GKD)."""
+    on_policy_share: float = Field(0.25, gt=0, le=1)
+    """Share of the training rows that a round answers; it trains on them once."""
+    grid: Literal["none", "Q8_0", "Q4_0"] = "none"
+    """Train the last part of the run on the weights that a GGUF file of this kind holds; method full only. The student
+    is then saved in float32, and its file of this kind has the very same weights."""
+    grid_fraction: float = Field(0.5, gt=0, le=1)
+    """That last part, as a share of the steps."""
+    grid_embedding: Literal["Q8_0", "Q4_0"] = "Q8_0"
+    """What the tied embedding becomes in the file. llama.cpp gives a Q4_0 file a Q8_0 embedding unless told otherwise
+    (Q6_K where the hidden size is a multiple of 256: tell it there)."""
+    vocabulary: int | None = Field(None, ge=300)
+    """Keep so many of the tokenizer's pieces and rows of embedding and head; method full only. None keeps all."""
+
+    @model_validator(mode="after")
+    def _whole_students(self) -> Self:
+        for name, value, off in (("grid", self.grid, "none"), ("vocabulary", self.vocabulary, None)):
+            if value != off and self.method != "full":
+                raise ValueError(
+                    f"{name}={value} needs method=full: merging an adapter would leave the grid, and an adapter has no "
+                    f"embedding to trim. Set method=full, or {name}={off}"
+                )
+        if self.on_policy_rounds and (self.grid != "none" or self.vocabulary is not None):
+            raise ValueError("on_policy_rounds come after the run: set grid=none and vocabulary=null, or no rounds")
+        return self
+
+    @property
+    def states(self) -> StatesConfig:
+        """The part of these settings that decides the teacher's states."""
+        return StatesConfig.model_validate(self.model_dump(include=set(StatesConfig.model_fields)))

@@ -1,32 +1,51 @@
 """Distils a teacher into a student on a dataset's rows.
 
-python -m tasks.distill.run config.json --student DIR --teacher BASE+ADAPTER --dataset DIR --out DIR
+python -m tasks.distill.run config.json --student DIR[+ADAPTER] --teacher BASE+ADAPTER --dataset DIR --out DIR
+    [--states DIR] [--texts DIR]
 """
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tasks.core.command import Report, command
+from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
-from tasks.distill.states import TeacherStates, teacher_loss, teacher_states
-from tasks.engine.batches import Batch, micro_batch
-from tasks.engine.chat import Example
-from tasks.engine.head import check_head, head_of, hidden_states
-from tasks.engine.load import load_model, load_tokenizer, pick_device, pick_dtype
+from tasks.distill.balance import Balance
+from tasks.distill.grid import Grid, settle
+from tasks.distill.lessons import Lessons, prepare
+from tasks.distill.on_policy import OnPolicy
+from tasks.distill.vocabulary_trim import trim
+from tasks.engine.batches import Batch
+from tasks.engine.head import head_of, hidden_states
+from tasks.engine.load import load_tokenizer, pick_device
 from tasks.engine.losses import Mix, distillation
 from tasks.engine.outcome import fingerprint, finish, read_splits
-from tasks.engine.plan import Plan
+from tasks.engine.plan import Objective, Plan
 from tasks.engine.tokenizers import require_same_tokens
 from tasks.engine.trainable import trainable_model
 from tasks.engine.trainer import train
 
 
-def distil(config: DistillConfig, student: ModelDir, teacher: ModelDir, dataset: Path, out: Path, job: Job) -> Report:
-    """Writes the student (full) or its adapter (lora) into `out`, and how both parts of the loss went."""
+def distil(
+    config: DistillConfig,
+    student: ModelDir,
+    teacher: ModelDir,
+    dataset: Path,
+    out: Path,
+    job: Job,
+    texts: Path | None = None,
+    states: Path | None = None,
+) -> Report:
+    """Writes the student (full) or its adapter (lora) into `out`, and how both parts of the loss went.
+
+    `states` are what `remember` kept of this teacher; rows that they lack are asked of the teacher now. `texts` are a
+    user's own texts, whose most frequent pieces a smaller `vocabulary` keeps.
+    """
     report = Report()
     tokenizer, teachers = load_tokenizer(student, config.chat_template), load_tokenizer(teacher)
     require_same_tokens(teachers, tokenizer)
@@ -34,41 +53,57 @@ def distil(config: DistillConfig, student: ModelDir, teacher: ModelDir, dataset:
         report.warnings.append("teacher and student have different chat templates; the student's is used for both")
     rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
     made_by = fingerprint(config, dataset, student, teacher)
-    states = _ask_teacher(config, teacher, [*rows, *validation], made_by, job)
+    trimmed = trim(config, student, tokenizer, dataset, texts, report, job)
+    lessons = prepare(config, teacher, dataset, tokenizer, rows, validation, states, out, report, job)
+    rows = lessons.rows
+    if trimmed is not None:
+        if lessons.taught.head is None or config.teacher_online:
+            raise BadConfig("a smaller vocabulary needs the teacher's states whole: set teacher_online=false, and "
+                            "states_budget_gib above their size")  # fmt: skip
+        student, lessons.taught.head = trimmed.student, trimmed.head(lessons.taught.head)
+        rows, validation = trimmed.examples(rows), trimmed.examples(validation)
     chunk = config.loss_chunk_mib << 20
-    own = {"teacher_train_loss": teacher_loss(states, rows, 0, chunk)}
-    if validation:
-        own["teacher_validation_loss"] = teacher_loss(states, validation, len(rows), chunk)
-    report.metrics |= own
-    report.facts |= {name: round(value, 4) for name, value in own.items()}
-    mix = Mix(config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.jsd_beta)
 
-    def objective(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-        hidden = hidden_states(model, batch["input_ids"], batch["positions"])
-        known = states.of(batch["rows"], hidden.device)
-        return distillation(hidden, head_of(model), batch["labels"], known, states.head, mix, chunk)._asdict()
+    def loss_of(lessons: Lessons, mix: Mix, balance: Balance | None = None) -> Objective:
+        return objective(lessons, mix, balance, chunk)
 
+    mix = Mix(config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.jsd_beta, config.skew)
+    balance = Balance(mix, torch.device(pick_device())) if config.balance else None
     plan = Plan(
         build=lambda: trainable_model(config, config.method, student, pick_device()),
         examples=rows,
         validation=validation,
-        objective=objective,
+        objective=loss_of(lessons, mix, balance),
         config=config,
         job=job,
         made_by=made_by,
+        shown=(lambda model: Grid(model, config, plan.steps)) if config.grid != "none" else None,
+        enrich=lessons.taught.enrich,
+        before_step=balance.follow if balance else None,
     )
     model, history = train(plan)
-    return finish(plan, model, history, config.method, student, out, report, title="Distilling the student")
+    if config.on_policy_rounds:
+        on_policy = OnPolicy(config, plan, teacher, tokenizer, mix, loss_of)
+        model, report.details["on_policy"] = on_policy.rounds(model)
+    dtype = None
+    if config.grid != "none":
+        report.details["grid"] = settle(model, config)
+        dtype = torch.float32  # d * q has up to 18 bits
+    return finish(plan, model, history, config.method, student, out, report, "Distilling the student", dtype)
 
 
-def _ask_teacher(
-    config: DistillConfig, teacher: ModelDir, examples: list[Example], made_by: str, job: Job
-) -> TeacherStates:
-    device = pick_device()
-    model = load_model(teacher, config.precision, device)
-    check_head(model)
-    size = micro_batch(config.batch_size, config.batch_size, job.rung)
-    return teacher_states(model, examples, size, pick_dtype(config.precision, device), made_by, job)
+def objective(lessons: Lessons, mix: Mix, balance: Balance | None, chunk_bytes: int) -> Objective:
+    """The loss of a batch: all of `tasks.engine.losses.Losses` by name."""
+
+    def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+        hidden = hidden_states(model, batch)
+        known, head, weights = lessons.taught.known(batch)
+        parts, into = balance.parts if balance else None, batch.get("head_grad")
+        return distillation(
+            hidden, head_of(model), batch["labels"], known, head, mix, chunk_bytes, weights, parts, into
+        )._asdict()
+
+    return losses
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.core.command import Report
-from tasks.core.errors import BadConfig
+from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tasks.core.rows import Message, Row, read_rows, write_rows
 from tasks.distill import DistillConfig
 from tasks.distill.run import distil
-from tasks.distill.states import teacher_loss, teacher_states
-from tasks.engine.batches import encode_file
-from tasks.engine.load import load_model, load_tokenizer
+from tasks.distill.states import StatesConfig
+from tasks.distill.states.run import remember
+from tasks.engine.load import load_model
 from tasks.teacher import FineTuneConfig
 from tasks.teacher.run import fine_tune
 from tests.engine.rows import example_dataset
@@ -44,24 +45,42 @@ def student(tmp_path_factory):
     return ModelDir(pico_model(tmp_path_factory.mktemp("student"), hidden=32, seed=1))
 
 
-def run(student: ModelDir, teacher: ModelDir, dataset: Path, directory: Path, **settings) -> Report:
+@pytest.fixture(scope="module")
+def states(tmp_path_factory, teacher, dataset):
+    return kept(tmp_path_factory.mktemp("states"), teacher, dataset)
+
+
+def kept(directory: Path, teacher: ModelDir, dataset: Path, known: Path | None = None, **settings) -> Path:
+    remember(StatesConfig(**settings), teacher, dataset, directory, Job(directory / "work"), known)
+    return directory
+
+
+def run(student: ModelDir, teacher: ModelDir, dataset: Path, directory: Path, states=None, **settings) -> Report:
     out = directory / "out"
     out.mkdir(parents=True)
     config = DistillConfig(**(SETTINGS | settings))
-    return distil(config, student, teacher, dataset, out, Job(directory / "work"))
+    return distil(config, student, teacher, dataset, out, Job(directory / "work"), states=states)
+
+
+def events(work: Path, kind: str) -> list[dict]:
+    lines = map(json.loads, (work / "events.jsonl").read_text().splitlines())
+    return [event for event in lines if event["event"] == kind]
+
+
+def steps(work: Path) -> list[dict[str, float]]:
+    return [e["values"] for e in events(work, "metrics") if "grad_norm" in e["values"]]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_student_comes_nearer_to_the_teacher_and_the_report_shows_both_parts(
-    student, teacher, dataset, tmp_path, method
+    student, teacher, dataset, states, tmp_path, method
 ):
-    report = run(student, teacher, dataset, tmp_path, method=method, learning_rate=1e-2, max_steps=30)
-    lines = map(json.loads, (tmp_path / "work" / "events.jsonl").read_text().splitlines())
-    steps = [e["values"] for e in lines if e["event"] == "metrics" and "grad_norm" in e["values"]]
-    assert {"kd_loss", "ce_loss", "loss", "tokens_per_second", "learning_rate"} <= steps[0].keys()
+    report = run(student, teacher, dataset, tmp_path, states, method=method, learning_rate=1e-2, max_steps=30)
+    told = steps(tmp_path / "work")
+    assert {"kd_loss", "ce_loss", "loss", "kd_grad_norm", "ce_grad_norm", "learning_rate"} <= told[0].keys()
     share = 0.7 if method == "full" else 0.99  # an adapter cannot do much for a random base
-    assert report.metrics["validation_kd_loss"] < share * steps[0]["kd_loss"]
-    assert report.metrics["validation_ce_loss"] < steps[0]["ce_loss"]
+    assert report.metrics["validation_kd_loss"] < share * told[0]["kd_loss"]
+    assert report.metrics["validation_ce_loss"] < told[0]["ce_loss"]
     whole = 0.7 * report.metrics["train_kd_loss"] + 0.3 * report.metrics["train_ce_loss"]
     assert report.metrics["train_loss"] == pytest.approx(whole, rel=1e-4)
     assert 0 < report.metrics["teacher_validation_loss"] < report.metrics["validation_ce_loss"]
@@ -71,11 +90,137 @@ def test_the_student_comes_nearer_to_the_teacher_and_the_report_shows_both_parts
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, dataset, tmp_path):
-    """Cached states through the frozen head give the very distribution that the student computes."""
+    """Remembered states through the frozen head give the very distribution that the student computes."""
     base = ModelDir(teacher.base)
     report = run(base, base, dataset, tmp_path, max_steps=1, kd_weight=1, ce_weight=0)
     assert abs(report.metrics["train_kd_loss"]) < 1e-4
     assert report.metrics["teacher_train_loss"] > 0.05
+
+
+def test_every_way_to_the_teacher_gives_the_same_student(student, teacher, dataset, states, tmp_path):
+    """States given, states made by the way, the teacher beside the student: the same run. A top k is near it."""
+    ways = {
+        "given": {"states": states},
+        "made": {},
+        "online": {"teacher_online": True},
+        "top": {"states_budget_gib": 0, "top_k": 200},
+    }
+    made = {name: run(student, teacher, dataset, tmp_path / name, max_steps=3, **way) for name, way in ways.items()}
+    models = {name: load_file(tmp_path / name / "out" / "model.safetensors") for name in ways}
+    assert all(torch.equal(value, models["made"][name]) for name, value in models["given"].items())
+    for other, tolerance in (("online", 1e-5), ("top", 2e-2)):
+        assert made[other].metrics["train_kd_loss"] == pytest.approx(
+            made["given"].metrics["train_kd_loss"], rel=tolerance
+        )
+    assert not events(tmp_path / "given" / "work", "progress")[0]["unit"].startswith("rows through the teacher")
+
+
+def test_rows_that_the_states_lack_are_asked_of_the_teacher(student, teacher, dataset, states, tmp_path):
+    more = example_dataset(tmp_path / "more", train=50)
+    whole = kept(tmp_path / "whole", teacher, more)
+    grown = kept(tmp_path / "grown", teacher, more, known=states)
+    asked = [e["total"] for e in events(tmp_path / "grown" / "work", "progress") if "teacher" in e["unit"]]
+    assert asked[-1] == 10  # 40 training rows were known, and of the 10 new ones with 10 validation rows ten are new
+    read = [torch.from_file(str(d / "states.bin"), size=(d / "states.bin").stat().st_size // 4) for d in (whole, grown)]
+    torch.testing.assert_close(*read, rtol=1e-4, atol=1e-4)
+    assert run(student, teacher, more, tmp_path / "run", states, max_steps=1).metrics["train_loss"] > 0
+    other = ModelDir(teacher.base)
+    with pytest.raises(BadConfig, match="the states of another teacher"):
+        run(student, other, dataset, tmp_path / "other", states)
+
+
+def test_an_interrupted_teacher_pass_goes_on_and_gives_the_same_states(teacher, dataset, tmp_path, monkeypatch):
+    from tasks.distill.states import teacher as module
+
+    whole = kept(tmp_path / "whole", teacher, dataset, batch_tokens=256)
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_MARKS", -1)
+    answer, calls = module.answer, 0
+
+    def count(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(module, "answer", count)
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path / "stopped", teacher, dataset, batch_tokens=256)
+    kept(tmp_path / "stopped", teacher, dataset, batch_tokens=256)
+    batches = calls - 1
+    for name in ("states.bin", "loss.bin", "said.bin", "index.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (whole / name).read_bytes()
+    shutil.rmtree(tmp_path / "stopped" / "work")
+    calls = 10
+    kept(tmp_path / "stopped", teacher, dataset, batch_tokens=256)
+    assert calls == 10 + batches  # three batches of the first try were not asked again
+
+
+def test_a_teacher_that_is_wrong_is_shown_weighed_or_stopped(student, teacher, dataset, states, tmp_path):
+    """The labels of rows 3 and 7 say what the teacher has never seen."""
+    rows = list(read_rows(dataset / "train.jsonl"))
+    for number in (3, 7):
+        rows[number - 1] = Row(messages=[rows[number - 1].messages[0], Message(role="assistant", content="zz")])
+    lying = tmp_path / "lying"
+    shutil.copytree(dataset, lying)
+    write_rows(lying / "train.jsonl", rows)
+    plain = run(student, teacher, lying, tmp_path / "plain", states, max_steps=2)
+    told = json.loads((tmp_path / "plain" / "out" / "report" / "teacher.json").read_text())["train"]
+    assert {3, 7} <= {wrong["row"] for wrong in told["wrong"]}
+    assert told["accuracy"] == pytest.approx(1 - len(told["wrong"]) / 40)
+    page = (tmp_path / "plain" / "out" / "report" / "teacher.html").read_text()
+    assert "<td>3<td>" in page and "<td>7<td>" in page
+    left = run(student, teacher, lying, tmp_path / "left", states, max_steps=2, wrong_row_weight=0)
+    assert left.facts["rows"] == 40 - len(told["wrong"])
+    half = run(student, teacher, lying, tmp_path / "half", states, max_steps=2, wrong_row_weight=0.5)
+    assert half.metrics["train_ce_loss"] < plain.metrics["train_ce_loss"]
+    with pytest.raises(GateFailed, match=r"gets .*% of 10 validation rows right .*min_teacher_accuracy=100"):
+        base = ModelDir(pico_model(tmp_path / "random", hidden=64, seed=5))
+        run(student, base, dataset, tmp_path / "gate", min_teacher_accuracy=1)
+    with pytest.raises(GateFailed, match="max_teacher_loss=0.0001"):
+        run(student, teacher, dataset, tmp_path / "loss", states, max_teacher_loss=0.0001)
+
+
+def test_balance_brings_the_weighted_gradients_into_the_ratio_of_the_weights(
+    student, teacher, dataset, states, tmp_path
+):
+    run(student, teacher, dataset, tmp_path, states, balance=True, kd_weight=0.5, ce_weight=0.5, max_steps=40)
+    told = steps(tmp_path / "work")
+    kd, ce = (sum(step[name] for step in told[17:37]) for name in ("kd_grad_norm", "ce_grad_norm"))
+    ratio = ce / kd
+    last = told[38]  # its weights are those of the 20 steps before the last
+    expected = (ratio * last["kd_loss"] + last["ce_loss"]) / (1 + ratio)
+    assert last["loss"] == pytest.approx(expected, rel=1e-4)
+    assert last["loss"] != pytest.approx(0.5 * last["kd_loss"] + 0.5 * last["ce_loss"], rel=1e-3)
+
+
+def test_a_teacher_with_clipped_norms_is_another_teacher(teacher, dataset, states, tmp_path):
+    clipped = kept(tmp_path / "clipped", teacher, dataset, known=states, clip_norms=0.5)
+    exams = [json.loads((directory / "report" / "teacher.json").read_text()) for directory in (states, clipped)]
+    assert exams[1]["validation"]["loss"] != exams[0]["validation"]["loss"]
+    assert not any("were asked of this teacher before" in e["message"] for e in events(clipped / "work", "log"))
+
+
+def test_rounds_on_the_students_own_answers_bring_it_nearer_to_the_teacher(student, teacher, dataset, states, tmp_path):
+    settings = dict(learning_rate=5e-3, max_steps=12, on_policy_rounds=2, on_policy_share=1)
+    report = run(student, teacher, dataset, tmp_path / "run", states, **settings)
+    rounds = report.details["on_policy"]
+    assert [one["rows"] for one in rounds] == [40, 40]
+    assert all(one["kd_loss_after"] < one["kd_loss_before"] for one in rounds)
+    own = json.loads((tmp_path / "run" / "work" / "answers-1.json").read_text())
+    assert all(labels[-1] == ids[-1] and labels[0] == -100 for ids, labels in own)
+    job = Job(tmp_path / "run" / "work")  # the same command again: everything is found, nothing is trained
+    config = DistillConfig(**(SETTINGS | settings))
+    again = distil(config, student, teacher, dataset, tmp_path / "run" / "out", job, states=states)
+    assert again.details["on_policy"] == rounds
+
+
+def test_a_fine_tuned_student_is_taught_on(student, teacher, dataset, states, tmp_path):
+    first = run(student, teacher, dataset, tmp_path / "first", states, method="lora", max_steps=20, learning_rate=1e-2)
+    start = ModelDir(student.base, tmp_path / "first" / "out")
+    for method in ("full", "lora"):
+        then = run(start, teacher, dataset, tmp_path / method, states, method=method, max_steps=1, learning_rate=1e-9)
+        assert then.metrics["validation_loss"] == pytest.approx(first.metrics["validation_loss"], rel=0.02)
 
 
 def test_different_tokenizers_are_refused_with_the_first_difference(student, teacher, dataset, tmp_path):
@@ -92,34 +237,18 @@ def test_different_tokenizers_are_refused_with_the_first_difference(student, tea
 
 def test_a_padded_teacher_vocabulary_is_cut(student, dataset, tmp_path):
     padded = ModelDir(pico_model(tmp_path / "padded", hidden=64, vocab_size=448))
-    report = run(student, padded, dataset, tmp_path, max_steps=2)
-    assert report.metrics["train_kd_loss"] > 0
+    for name, settings in {"whole": {}, "top": {"states_budget_gib": 0, "top_k": 32}}.items():
+        report = run(student, padded, dataset, tmp_path / name, max_steps=2, **settings)
+        assert report.metrics["train_kd_loss"] > 0
 
 
-def test_an_interrupted_teacher_pass_goes_on_and_gives_the_same_states(teacher, dataset, tmp_path, monkeypatch):
-    model = load_model(teacher, "float32", "cpu")
-    rows = encode_file(load_tokenizer(teacher), dataset / "train.jsonl", 256, pytest.fail)
-    whole = teacher_states(model, rows, 8, torch.float32, "run", Job(tmp_path / "whole"))
-    assert teacher_loss(whole, rows, 0, 1 << 20) > 0
-    monkeypatch.setattr("tasks.distill.states.SECONDS_BETWEEN_MARKS", -1)
-    calls = 0
-
-    def count(module, *_):
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-
-    hook = model.get_base_model().model.register_forward_pre_hook(count)
-    with pytest.raises(KeyboardInterrupt):
-        teacher_states(model, rows, 8, torch.float32, "run", Job(tmp_path / "stopped"))
-    again = teacher_states(model, rows, 8, torch.float32, "run", Job(tmp_path / "stopped"))
-    assert calls == 6  # 5 batches and the one that was stopped
-    assert torch.equal(again.states, whole.states)
-    calls = 10
-    teacher_states(model, rows, 8, torch.float32, "other teacher", Job(tmp_path / "stopped"))
-    assert calls == 15  # another run's states are not taken
-    hook.remove()
+def test_a_top_k_reads_only_the_temperatures_it_was_made_for(student, teacher, dataset, tmp_path):
+    top = kept(tmp_path / "top", teacher, dataset, states_budget_gib=0, top_k=8)
+    logs = [event["message"] for event in events(top / "work", "log")]
+    assert any("GiB, more than states_budget_gib=0" in text for text in logs)
+    assert any("of the mass is the tail's, KL" in text for text in logs)
+    with pytest.raises(BadConfig, match="temperature=1.7: with the top k kept, it must be one of 1, 1.5, 2"):
+        run(student, teacher, dataset, tmp_path / "run", top, temperature=1.7)
 
 
 def test_the_same_inputs_give_the_same_student(student, teacher, dataset, tmp_path):

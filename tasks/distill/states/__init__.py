@@ -1,0 +1,30 @@
+"""The teacher run once over a dataset's rows: what it says of every answer token, kept for any later distillation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.core.config import StageConfig
+
+TeacherPrecision = Literal["auto", "bfloat16", "float16", "float32", "8bit", "4bit"]
+# A top-k entry holds the log-sum-exp of the teacher's logits / T for these T, since the tail is gone afterwards.
+TEMPERATURES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0)
+
+
+class StatesConfig(StageConfig):
+    """Settings of `remember`. None is the loss's: any temperature and divergence reads the same states."""
+
+    max_length: int = Field(2048, ge=16)
+    """Longest row in tokens; longer ones are left out."""
+    chat_template: Literal["model", "gemma"] = "model"
+    """The teacher's own chat template, or Gemma's turns."""
+    teacher_precision: TeacherPrecision = "auto"
+    """What the teacher computes in; `8bit` and `4bit` store its weights so (bitsandbytes, CUDA only)."""
+    clip_norms: float | None = Field(None, gt=0, lt=1)
+    """Clip the teacher's norm weights at this quantile of their absolute values first. An ablation: it harms."""
+    batch_tokens: int = Field(16384, ge=64)
+    """Tokens that go through the teacher at once."""
+    states_budget_gib: float = Field(64, ge=0)
+    """Above so many GiB of hidden states, only the top `top_k` logits and the mass of the others are kept."""
+    top_k: int = Field(64, ge=1, le=4096)
+    """How many logits those are."""

@@ -1,0 +1,114 @@
+"""Where the loss gets the teacher from: its remembered states, or the teacher itself beside the student."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tasks.core.errors import BadConfig
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.distill.states import TEMPERATURES, StatesConfig
+from tasks.distill.states.store import States, row_key, teacher_key
+from tasks.distill.states.teacher import Ask, load_teacher, remember_rows, what_to_keep
+from tasks.engine.batches import Batch
+from tasks.engine.chat import Example
+from tasks.engine.head import head_of, hidden_states
+from tasks.engine.load import pick_device, read_config
+from tasks.engine.losses import Head, TopK
+
+
+class TaughtBatch(Batch, total=False):
+    """A batch with what its N labels are taught: states (N, G) or a top k, and each label's weight (N,)."""
+
+    teacher_states: Tensor
+    teacher_logits: Tensor
+    teacher_ids: Tensor
+    teacher_lse: Tensor
+    label_weights: Tensor
+
+
+class Remembered:
+    """Memory-mapped states of numbered rows. `head` reads them; None for a top k, which needs none."""
+
+    def __init__(self, states: States, examples: Sequence[Example], temperature: float) -> None:
+        self.states = states
+        self.places = [states.labels(row_key(example)) for example in examples]
+        self.weights: list[float] | None = None
+        self.head: Head | None = None
+        if states.kept.top_k:
+            if temperature not in TEMPERATURES:
+                named = ", ".join(f"{t:g}" for t in TEMPERATURES)
+                raise BadConfig(f"temperature={temperature:g}: with the top k kept, it must be one of {named}")
+            self.at = TEMPERATURES.index(temperature)
+        else:
+            head = states.head()
+            self.head = Head(head.weight.to(pick_device()), head.softcap)
+
+    def enrich(self, batch: Batch) -> TaughtBatch:
+        """The batch with what is known of its rows, on the host."""
+        places, found = [self.places[row] for row in batch["rows"]], cast(TaughtBatch, dict(batch))
+
+        def gather(name: str) -> Tensor:
+            tensor = self.states.tensors[name]
+            return torch.cat([tensor[place] for place in places])
+
+        if self.head is not None:
+            found["teacher_states"] = gather("states.bin")
+        else:
+            found["teacher_logits"], found["teacher_ids"] = gather("logits.bin"), gather("ids.bin")
+            found["teacher_lse"] = gather("lse.bin")[:, self.at].contiguous()
+        if self.weights is not None:
+            counts = torch.tensor([place.stop - place.start for place in places])
+            weights = torch.tensor([self.weights[row] for row in batch["rows"]])
+            found["label_weights"] = weights.repeat_interleave(counts)
+        return found
+
+    def known(self, batch: Batch) -> tuple[Tensor | TopK, Head | None, Tensor | None]:
+        """What the loss takes: states or top k, the head, and the labels' weights; on the batch's device."""
+        device = batch["input_ids"].device
+        taught = cast(
+            dict[str, Tensor], batch if "teacher_states" in batch or "teacher_lse" in batch else self.enrich(batch)
+        )
+        parts = [taught[name].to(device) for name in ("teacher_logits", "teacher_ids", "teacher_lse") if name in taught]
+        states = TopK(*parts) if parts else taught["teacher_states"].to(device)
+        weights = taught["label_weights"].to(device) if "label_weights" in taught else None
+        return states, self.head, weights
+
+
+class Online:
+    """The teacher in memory, asked anew whenever a row comes by."""
+
+    weights: list[float] | None = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.head = model, head_of(model)
+
+    def enrich(self, batch: Batch) -> Batch:
+        """Nothing is known beforehand."""
+        return batch
+
+    def known(self, batch: Batch) -> tuple[Tensor, Head, None]:
+        """As `Remembered.known`, with states made now."""
+        with torch.no_grad():
+            return hidden_states(self.model, batch), self.head, None
+
+
+def remembered(
+    config: StatesConfig, teacher: ModelDir, examples: Sequence[Example], given: Path | None, directory: Path, job: Job
+) -> States:
+    """`given` states if they hold every row; else states in `directory`, of which `given` saves what it has."""
+    name = teacher_key(teacher, config)
+    known = States(given) if given else None
+    if known is not None and known.teacher != name:
+        raise BadConfig(f"{given}: the states of another teacher, or of another teacher_precision; make them anew")
+    if known is not None and all(row_key(example) in known.places for example in examples):
+        return known
+    width = read_config(teacher.base).get_text_config().hidden_size
+    labels = sum(len(example.answer_ids) for example in examples)
+    kept = known.kept if known else what_to_keep(config, width, labels, job)
+    ask = Ask(lambda: load_teacher(teacher, config), name, kept, config)
+    return remember_rows(ask, examples, known, directory, job)

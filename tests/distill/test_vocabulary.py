@@ -1,0 +1,165 @@
+"""A smaller vocabulary: kept text is split as before by every reader of the tokenizer; later stages never notice."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file
+
+from tasks.core.command import Report
+from tasks.core.errors import BadConfig, GateFailed
+from tasks.core.job import Job
+from tasks.core.refs import ModelDir
+from tasks.core.rows import write_rows
+from tasks.distill import DistillConfig
+from tasks.distill.run import distil
+from tasks.distill.vocabulary import Pieces, choose
+from tasks.distill.vocabulary_files import trimmed_model
+from tasks.distill.vocabulary_trim import PROBE, Trimmed, trim
+from tasks.engine.chat import Example
+from tasks.engine.llama import LlamaInput, llama_logits
+from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.losses import Head
+from tasks.evaluate import EvaluateConfig
+from tasks.evaluate.run import evaluate
+from tasks.gguf import GgufConfig
+from tasks.gguf.run import convert
+from tasks.merge import MergeConfig
+from tasks.merge.run import merge
+from tasks.outliers import OutlierConfig
+from tasks.outliers.run import find_outliers
+from tests.engine.rows import example_dataset, example_rows
+
+STUDENT = ModelDir(Path(__file__).parents[2] / "deployments" / "quickstart" / "student")  # 2 048 pieces
+TEXTS = ["Measure pump 7 again.", "the seal of mixer M-3 leaks oil", '{"intent": "x"}', "a", " ", "\n\n", PROBE]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    directory = example_dataset(tmp_path_factory.mktemp("dataset"), train=24, validation=6)
+    write_rows(directory / "test.jsonl", example_rows(4, start=40))
+    return directory
+
+
+def trimmed(
+    dataset: Path, work: Path, size: int = 700, texts: Path | None = None, student: ModelDir = STUDENT
+) -> tuple[Trimmed, Report]:
+    report = Report()
+    config = DistillConfig(vocabulary=size)
+    made = trim(config, student, load_tokenizer(STUDENT), dataset, texts, report, Job(work))
+    assert made is not None
+    return made, report
+
+
+def test_text_of_kept_pieces_is_split_as_before_whatever_else_is_dropped():
+    """For random sets of pieces, each closed under its joins: SentencePiece with the few agrees with all of them."""
+    pieces = Pieces(STUDENT.base / "tokenizer.model")
+    whole = sentencepiece.SentencePieceProcessor(model_proto=pieces.proto.SerializeToString())
+    words = [piece.replace("▁", " ") for piece in pieces.text if piece.startswith("▁") and len(piece) > 3]
+    chosen = random.Random(0)
+    compared = 0
+    for _ in range(5):
+        kept = choose(pieces, chosen.sample(pieces.normal, 300), chosen.sample(pieces.normal, 400), 1100, 2048)
+        few = sentencepiece.SentencePieceProcessor(model_proto=trimmed_model(pieces, kept))
+        assert few.vocab_size() == len(kept) == 1100
+        for _ in range(200):
+            text = "".join(chosen.choices(words, k=2)).strip()
+            split = whole.encode(text, out_type=int)
+            assert few.decode(few.encode(text)) == text
+            if set(split) <= set(kept):
+                assert [kept[index] for index in few.encode(text, out_type=int)] == split
+                compared += 1
+    assert compared > 100
+
+
+def test_every_file_names_the_new_ids_and_the_weights_are_the_kept_rows(dataset, tmp_path):
+    made, report = trimmed(dataset, tmp_path)
+    kept, directory = made.kept, made.student.base
+    assert len(kept) == 700 and report.details["vocabulary"]["used_by_data"] < 200
+    old, new = load_tokenizer(STUDENT), load_tokenizer(made.student)
+    assert new.convert_ids_to_tokens(list(range(700))) == old.convert_ids_to_tokens(kept)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    assert [processor.id_to_piece(i) for i in range(700)] == old.convert_ids_to_tokens(kept)
+    for name in ("config.json", "generation_config.json"):
+        was, now = (json.loads((one / name).read_text()) for one in (STUDENT.base, directory))
+        assert [kept[i] for i in now["eos_token_id"]] == was["eos_token_id"] and now["bos_token_id"] == 2
+    before, after = (load_file(one / "model.safetensors") for one in (STUDENT.base, directory))
+    table = "model.embed_tokens.weight"
+    assert torch.equal(after.pop(table), before.pop(table)[kept])
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    load_model(made.student, "float32", "cpu")
+    for text in TEXTS:
+        ids = new(text, add_special_tokens=False)["input_ids"]
+        assert new.decode(ids) == text and processor.encode(text) == ids
+
+
+def test_a_frequency_list_ranks_what_the_data_do_not_need(dataset, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("supervisor calibration\n" * 3 + "thermostat\n", encoding="utf-8")
+    plain, _ = trimmed(dataset, tmp_path / "plain", 600)
+    asked, report = trimmed(dataset, tmp_path / "asked", 600, texts)
+    words = load_tokenizer(STUDENT)("supervisor calibration", add_special_tokens=False)["input_ids"]
+    assert set(words) <= set(asked.kept) and not set(words) <= set(plain.kept)
+    assert report.details["vocabulary"]["texts_covered"] == 1
+
+
+def test_the_teacher_is_restricted_and_renormalised_exactly():
+    torch.manual_seed(0)
+    head, hidden = Head(torch.randn(50, 8), 5.0), torch.randn(4, 8)
+    kept = sorted(random.Random(0).sample(range(50), 20))
+    made = Trimmed(STUDENT, kept)
+    whole = head.logits(hidden).softmax(-1)[:, kept]
+    assert torch.allclose(made.head(head).logits(hidden).softmax(-1), whole / whole.sum(-1, keepdim=True), atol=1e-6)
+    example = Example([kept[3], kept[0], kept[7]], [-100, kept[0], kept[7]])
+    assert made.examples([example]) == [Example([3, 0, 7], [-100, 0, 7])]
+
+
+def test_later_stages_never_notice(dataset, tmp_path):
+    """Distilled by its own whole self a trimmed student has nothing to learn; then merge, outliers, GGUF, scores."""
+    out, merged, file, scores, found = (tmp_path / name for name in ("student", "merged", "gguf", "scores", "outliers"))
+    for directory in (out, merged, file, scores, found):
+        directory.mkdir()
+    config = DistillConfig(
+        vocabulary=640, learning_rate=1e-9, max_steps=1, batch_size=8, kd_weight=1, ce_weight=0, precision="float32"
+    )
+    report = distil(config, STUDENT, STUDENT, dataset, out, Job(tmp_path / "work"))
+    assert abs(report.metrics["validation_kd_loss"]) < 1e-4 < report.metrics["validation_ce_loss"]
+    assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (640, 160)
+    merge(MergeConfig(), ModelDir(out), dataset, merged, Job(tmp_path / "merge.work"))
+    find_outliers(OutlierConfig(), {"student": ModelDir(merged)}, found, Job(tmp_path / "outliers.work"), dataset)
+    wanted = GgufConfig(kind="Q8_0", proof_rows=4)
+    proven = convert(wanted, ModelDir(merged), file, Job(tmp_path / "gguf.work"), dataset)
+    assert proven.metrics["top1"] > 0.9
+    asked = EvaluateConfig(max_new_tokens=8, batch_size=4, warmup_rows=0)
+    evaluate(asked, ModelDir(merged), dataset, scores, Job(tmp_path / "scores.work"), file)
+    tokenizer = load_tokenizer(ModelDir(merged))
+    inputs = [LlamaInput(text, [2, 5], 1) for text in TEXTS]
+    for text, output in zip(TEXTS, llama_logits(file / "model.gguf", inputs, tmp_path / "llama.log"), strict=True):
+        assert output.ids == tokenizer(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_what_cannot_be_trimmed_is_refused(dataset, tmp_path):
+    with pytest.raises(BadConfig, match=r"vocabulary=350: the data, bytes.*take \d{3} pieces; raise it"):
+        trimmed(dataset, tmp_path / "small", 350)
+    with pytest.raises(BadConfig, match="no less than the tokenizer's 2048 pieces"):
+        trimmed(dataset, tmp_path / "large", 2048)
+    with pytest.raises(BadConfig, match="only SentencePiece tokenizers"):
+        Pieces(tmp_path / "tokenizer.model")
+    other = ModelDir(Path(shutil.copytree(STUDENT.base, tmp_path / "other")))
+    settings = json.loads((other.base / "config.json").read_text()) | {"model_type": "gemma3n_text"}
+    (other.base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadConfig, match="carries an adapter: merge it"):
+        trimmed(dataset, tmp_path / "adapter.work", 700, student=ModelDir(STUDENT.base, tmp_path))
+    with pytest.raises(BadConfig, match="not for gemma3n_text"):
+        trimmed(dataset, tmp_path / "other.work", 700, student=other)
+
+
+def test_pieces_that_miss_their_joins_are_noticed(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pieces, "way", lambda self, index: {index})
+    with pytest.raises(GateFailed, match=r"row 1 of train.jsonl.*is split otherwise by the trimmed tokenizer"):
+        trimmed(dataset, tmp_path)
