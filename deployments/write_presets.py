@@ -12,7 +12,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from flows.config import PipelineConfig
+from flows.audit import AuditConfig
+from flows.bakeoff import BakeoffFlowConfig
+from flows.config import FlowConfig, PipelineConfig
+from flows.quantize import QuantizeConfig
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 QUICKSTART = "deployments/quickstart"
@@ -28,13 +31,22 @@ QAT = {
 GEMMA3N = {**MANUFACTURING, "teacher_base": "google/gemma-3n-E4B-it", "student_base": "google/gemma-3n-E2B-it"}
 SMALL_CARD = {"micro_batch_size": 4, "gradient_checkpointing": True}
 
+QUICKSTART_DATA = {"train": f"{QUICKSTART}/data/train.jsonl", "test": f"{QUICKSTART}/data/test.jsonl"}
+
+# Presets of flows other than the pipeline: name: (flow, its config)
+FLOWS: dict[str, tuple[str, type[FlowConfig]]] = {
+    "audit": ("audit", AuditConfig),
+    "quantize": ("quantize", QuantizeConfig),
+    "bakeoff": ("bakeoff", BakeoffFlowConfig),
+}
+
 # name: (what it is for, the settings that differ from the defaults)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": (
         "The quickstart: two tiny Gemma-3 bases and 1 900 manufacturing-audit commands, on a CPU, in minutes.",
         {
-            "train": f"{QUICKSTART}/data/train.jsonl",
-            "test": f"{QUICKSTART}/data/test.jsonl",
+            **QUICKSTART_DATA,
+            "text": f"{QUICKSTART}/data/general.txt",
             "teacher_base": f"{QUICKSTART}/teacher",
             "student_base": f"{QUICKSTART}/student",
             "teacher": {
@@ -45,7 +57,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "method": "lora", "rank": 32, "alpha": 64, "learning_rate": 3e-3, "scheduler": "linear",
                 "warmup_ratio": 0.06, "max_steps": 150, "micro_batch_size": 16, "max_length": 256,
             },
-            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "threads": 2},
+            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "threads": 2, "constrained_rows": 64},
         },
     ),
     "gemma-3-16gb": (
@@ -84,14 +96,35 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma 3n E4B teaches E2B, both with adapters on a bfloat16 base; 80 GB.",
         {**GEMMA3N, "teacher": {"rank": 64}, "student": {"method": "lora", "rank": 64}},
     ),
+    "audit": (
+        "What would quantization break in the quickstart's two bases, and was it inherited? In a minute, on a CPU.",
+        {**QUICKSTART_DATA, "models": {"teacher": f"{QUICKSTART}/teacher", "student": f"{QUICKSTART}/student"}},
+    ),
+    "quantize": (
+        "One model to proven GGUF files. Here the quickstart's student base; give your own model and rows.",
+        {
+            **QUICKSTART_DATA,
+            "model": f"{QUICKSTART}/student",
+            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "threads": 2},
+        },
+    ),
+    "bakeoff": (
+        "Every quantization method on one model, beside what the verdict foretold.",
+        {
+            **QUICKSTART_DATA,
+            "model": f"{QUICKSTART}/student",
+            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "latency_rows": 0, "perplexity_rows": 0},
+        },
+    ),
 }  # fmt: skip
 
 
 def text(name: str) -> str:
     """The preset as commented YAML; what it sets is checked against the config on the way."""
     about, settings = PRESETS[name]
-    config = PipelineConfig.model_validate(settings)
-    head = f"# {about}\n# python -m flows.pipeline deployments/presets/{name}.yaml\n"
+    flow, config_class = FLOWS.get(name, ("pipeline", PipelineConfig))
+    config = config_class.model_validate(settings)
+    head = f"# {about}\n# python -m flows.{flow} deployments/presets/{name}.yaml\n"
     return head + "\n".join(_lines(config, 0)) + "\n"
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tasks.distill import DistillConfig
 from tasks.evaluate import EvaluateConfig
+from tasks.gate import GateConfig
 from tasks.gguf import GgufConfig, Kind
 from tasks.ingest import IngestConfig
 from tasks.merge import MergeConfig
@@ -17,17 +18,53 @@ from tasks.teacher import FineTuneConfig
 DELIVERED: list[Kind] = ["BF16", "Q8_0", "Q4_0", "Q4_K_M"]
 
 
-class PipelineConfig(BaseModel):
+class FlowConfig(BaseModel):
+    """A flow's single parameter: unknown settings are refused, docstrings are the help of its form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """A config from YAML. Raises ValueError that names the field and the file."""
+        try:
+            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return cls.model_validate(values)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        except ValidationError as error:
+            lines = (f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ValueError(f"{path} has settings that do not fit:\n" + "\n".join(lines)) from error
+
+
+def given_files(**files: str | None) -> dict[str, str]:
+    """Files by split, those that are given."""
+    return {split: path for split, path in files.items() if path}
+
+
+def kinds_once(files: list[GgufConfig]) -> None:
+    """Raises ValueError when two GGUF files are of one kind: files are named by it."""
+    kinds = [one.kind for one in files]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"gguf names a kind twice: {', '.join(kinds)}")
+
+
+class PipelineConfig(FlowConfig):
     """JSONL in, proven GGUF out. Presets with every field are in `deployments/presets/`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, title="Pipeline")
+    model_config = ConfigDict(title="Pipeline")
 
     train: str
-    """Training rows: a file path, relative to the working directory."""
+    """Training rows: a file, a directory, a glob, `s3://bucket/key` or `hub:owner/name`; paths are relative to the
+    working directory."""
     validation: str | None = None
     """Rows for the validation loss; without it a part of `train` is held back."""
     test: str | None = None
     """Held-out rows that every model is evaluated on; without it a part of `train` is held back."""
+    text: str | None = None
+    """General text that no model was trained on (a .txt file): its perplexity shows what a model forgot."""
+    vocabulary_text: str | None = None
+    """Text (a .txt file) whose most frequent pieces stay, beside the rows' own, when the student's `vocabulary` is
+    made smaller."""
     teacher_base: str
     """The teacher's base: a name on the Hugging Face hub (`google/gemma-3-1b-it`) or a local directory."""
     student_base: str
@@ -44,34 +81,31 @@ class PipelineConfig(BaseModel):
     gguf: list[GgufConfig] = Field(default=[GgufConfig(kind=kind) for kind in DELIVERED], min_length=1)
     """The GGUF files to deliver, one of a kind."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
 
     @model_validator(mode="after")
     def _kinds_once(self) -> Self:
-        kinds = [one.kind for one in self.gguf]
-        if len(set(kinds)) < len(kinds):
-            raise ValueError(f"gguf names a kind twice: {', '.join(kinds)}")
+        kinds_once(self.gguf)
+        return self
+
+    @model_validator(mode="after")
+    def _files_lie_on_the_grid(self) -> Self:
+        for one in self.gguf:
+            on_grid = not one.imatrix and one.embedding_type == self.student.grid_embedding and not one.overrides
+            if one.kind == self.student.grid and not on_grid:
+                raise ValueError(
+                    f"the student is trained on the grid of {one.kind}: give that GGUF imatrix: false, no overrides "
+                    f"and embedding_type: {self.student.grid_embedding}, or its weights are rounded once more"
+                )
         return self
 
     @property
     def files(self) -> dict[str, str]:
         """The user's files by split, those that are given."""
-        given = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {split: path for split, path in given.items() if path}
+        return given_files(train=self.train, validation=self.validation, test=self.test)
 
     @property
     def direct_config(self) -> FineTuneConfig:
         """The student's training settings without those of distillation."""
         shared = self.student.model_dump(include=set(FineTuneConfig.model_fields))
         return FineTuneConfig.model_validate(shared)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """A config from YAML. Raises ValueError that names the field and the file."""
-        try:
-            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls.model_validate(values)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        except ValidationError as error:
-            lines = (f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            raise ValueError(f"{path} has settings that do not fit:\n" + "\n".join(lines)) from error

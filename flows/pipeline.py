@@ -2,15 +2,13 @@
 
 python -m flows.pipeline deployments/presets/quickstart.yaml
 
-train, test ── ingest ──┬───────────┬──────────────┬────────────┬───────────┐
-                        │           │              │            │           │
-teacher base ── fine-tune ── distil ┼── outliers   │            │           │
-                                │   student ── merge ── GGUF (one a kind) ──┤
-student base ───────────────────┴── fine-tune (direct)                  evaluate ── report
+train, test ── ingest ──┬────────────┬──────────┬────────────┬────────────────┬─────────────┐
+                        │            │          │            │                │             │
+teacher base ── fine-tune ── remember ── distil ┼── find outliers ──┐         │             │
+                                            student ── merge ───────┴── GGUF (one a kind) ──┤
+student base ───────────────────────────────┴── fine-tune (direct)                      evaluate ── gate ── report
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -18,13 +16,16 @@ from prefect import flow
 from flows.config import PipelineConfig
 from flows.report import publish, show
 from flows.stages import Stages
-from tasks.core.errors import StageError
+from flows.start import start
+from flows.verdict import verdict_table
 from tasks.core.refs import AnyModel, GgufRef
 from tasks.core.take import take_files, take_model
+from tasks.distill.states.task import remember
 from tasks.distill.task import distil
 from tasks.evaluate.task import evaluate
+from tasks.gate.task import gate, require_passed
 from tasks.gguf.task import convert
-from tasks.ingest.task import ingest
+from tasks.ingest.task import ingest, show_profile
 from tasks.merge.task import merge
 from tasks.outliers.task import find_outliers
 from tasks.teacher.task import fine_tune
@@ -34,29 +35,39 @@ from tasks.teacher.task import fine_tune
 def pipeline(config: PipelineConfig) -> dict[str, Any]:
     """Checks the data, fine-tunes the teacher, distils the student, and delivers GGUF files proven in llama.cpp.
 
-    Returns the summary that the report shows; see `flows.report.Summary`.
+    Returns the summary that the report shows; see `flows.report.publish`. Raises GateFailed, after the report, when
+    the student or a file lost more than `gate` allows.
     """
     with Stages(config) as run:
         files = run("take data", take_files, config.files)
-        teacher_base = run(
-            "take teacher base", take_model, config.teacher_base, config.revision.get(config.teacher_base)
-        )
-        student_base = run(
-            "take student base", take_model, config.student_base, config.revision.get(config.student_base)
+        pinned = config.revision.get
+        teacher_base = run("take teacher base", take_model, config.teacher_base, pinned(config.teacher_base))
+        student_base = run("take student base", take_model, config.student_base, pinned(config.student_base))
+        text = run("take text", take_files, {"text": config.text}) if config.text else None
+        frequent = (
+            run("take vocabulary text", take_files, {"text": config.vocabulary_text})
+            if config.vocabulary_text
+            else None
         )
 
-        dataset = run("ingest", ingest, config.ingest, files)
+        dataset = run("ingest", ingest, config.ingest, files, student_base)
+        show_profile(dataset)
         teacher = run("teacher", fine_tune, config.teacher, teacher_base, dataset)
-        student = run("student", distil, config.student, student_base, teacher, dataset)
+        states = (
+            None if config.student.teacher_online else run("states", remember, config.student.states, teacher, dataset)
+        )
+        student = run("student", distil, config.student, student_base, teacher, dataset, states, frequent)
         direct = (
             run("direct", fine_tune, config.direct_config, student_base, dataset, "direct") if config.direct else None
         )
         bases = {"teacher-base": teacher_base, "student-base": student_base}
-        outliers = run("outliers", find_outliers, config.outliers, bases | {"teacher": teacher, "student": student})
+        audited = {**bases, "teacher": teacher, "student": student}
+        outliers = run("outliers", find_outliers, config.outliers, audited, dataset)
+        verdict_table(run, outliers)
         merged = run("merge", merge, config.merge, student, dataset)
-        ggufs: dict[str, GgufRef] = {}
-        for one in sorted(config.gguf, key=lambda one: one.kind != "BF16"):  # the others are quantized from it
-            ggufs[one.kind] = run(f"gguf {one.kind}", convert, one, merged, dataset, ggufs.get("BF16"))
+        ggufs: dict[str, GgufRef] = {
+            one.kind: run(f"gguf {one.kind}", convert, one, merged, dataset, outliers=outliers) for one in config.gguf
+        }
 
         models: dict[str, AnyModel | None] = {
             **bases,
@@ -66,26 +77,19 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
             "merged": merged,
         }
         scores = {
-            name: run(f"evaluate {name}", evaluate, config.evaluate, model, dataset, name)
+            name: run(f"evaluate {name}", evaluate, config.evaluate, model, dataset, name, None, text)
             for name, model in models.items()
             if model is not None
         }
-        for kind, gguf in ggufs.items():
-            scores[kind] = run(f"evaluate {kind}", evaluate, config.evaluate, merged, dataset, kind, gguf)
-        shown = {
-            "ingest": dataset,
-            "teacher": teacher,
-            "student": student,
-            "outliers": outliers,
-            "mistakes": scores["student"],
-        }
-        return publish(run, dataset, scores, shown)
+        for kind, file in ggufs.items():
+            scores[kind] = run(f"evaluate {kind}", evaluate, config.evaluate, merged, dataset, kind, file, text)
+        verdict = run("gate", gate, config.gate, scores)
+        shown = {"ingest": dataset, "teacher": teacher, "student": student, "outliers": outliers}
+        shown |= {"direct": direct} if direct else {}
+        summary = publish(run, dataset, scores, shown, verdict)
+        require_passed(verdict)
+        return summary
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m flows.pipeline CONFIG.yaml   (presets: deployments/presets/)")
-    try:
-        show(pipeline(PipelineConfig.load(Path(sys.argv[1]))))
-    except (ValueError, OSError, StageError) as error:
-        sys.exit(f"stillhouse: {error}")
+    start(pipeline, PipelineConfig, show)

@@ -293,6 +293,6 @@ def document(rng: random.Random) -> list[Piece]:
 
 
 if __name__ == "__main__":
-    source = random.Random(0)
+    source = random.Random(sys.argv[2] if len(sys.argv) > 2 else 0)
     for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 20):
         print("".join(text for text, _ in document(source)), end="\n\n")

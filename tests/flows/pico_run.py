@@ -29,9 +29,11 @@ def settings(directory: Path, **changes: Any) -> dict[str, Any]:
         "student_base": str(QUICKSTART / "student"),
         "teacher": TRAINING,
         "student": {**TRAINING, "method": "lora"},
+        "outliers": {"calibration_rows": 8, "measured_rows": 4},
         "merge": {"gate_rows": 4},
         "gguf": [{"kind": kind, "proof_rows": 4, "min_top1": 0.8} for kind in ("BF16", "Q8_0")],
-        "evaluate": {"max_new_tokens": 16},
+        "evaluate": {"max_new_tokens": 16, "latency_rows": 2, "perplexity_rows": 4},
+        "gate": {"student_points": None, "gguf_points": None, "gain_points": None, "floors": {"json_valid": 0}},
         **changes,
     }
 
@@ -39,8 +41,8 @@ def settings(directory: Path, **changes: Any) -> dict[str, Any]:
 class Home:
     """A `STILLHOUSE_HOME` of its own and the config that runs in it."""
 
-    def __init__(self, directory: Path, server: PrefectServer, **changes: Any) -> None:
-        self.directory, self.config = directory, directory / "run.yaml"
+    def __init__(self, directory: Path, server: PrefectServer, flow: str = "pipeline", **changes: Any) -> None:
+        self.directory, self.config, self.flow = directory, directory / "run.yaml", flow
         self._log = directory / "output.txt"
         self.environment = {
             **os.environ, **server.environment, "STILLHOUSE_HOME": str(directory / "home"),
@@ -50,14 +52,15 @@ class Home:
         self.write(**changes)
 
     def write(self, **changes: Any) -> None:
-        """The config anew, with changes."""
-        self.config.write_text(yaml.safe_dump(settings(self.directory, **changes)))
+        """The pipeline's config anew, with changes; another flow's is `changes` alone."""
+        whole = settings(self.directory, **changes)
+        self.config.write_text(yaml.safe_dump(whole if self.flow == "pipeline" else changes))
 
     def start(self) -> "subprocess.Popen[bytes]":
         """The command, running, in a process group of its own; what it says is in `output`."""
         with self._log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "flows.pipeline", str(self.config)], cwd=ROOT, env=self.environment,
+                [sys.executable, "-m", f"flows.{self.flow}", str(self.config)], cwd=ROOT, env=self.environment,
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -38,7 +38,7 @@ def test_the_summary_keeps_its_contract(home: Home) -> None:
     assert summary["dataset"]["test_rows"] == 12
     assert not any(stage["cached"] for stage in summary["stages"] if not stage["name"].startswith("take"))
     page = (home.directory / "home/reports/latest/index.html").read_text()
-    assert "Every model on the held-out rows" in page and page.count("<img") >= 3
+    assert "<h2" in page and page.count("<svg") >= 2 and page.count("<img") >= 2
 
 
 def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
@@ -50,7 +50,7 @@ def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
     [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     stages = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], query)}
-    assert {"ingest", "teacher", "student", "direct", "outliers", "merge", "gguf BF16"} <= set(stages)
+    assert {"ingest", "teacher", "states", "student", "direct", "outliers", "merge", "gguf BF16", "gate"} <= set(stages)
     assert all(run.info.status == "FINISHED" for run in stages.values())
     losses = client.get_metric_history(stages["teacher"].info.run_id, "loss")
     assert [point.step for point in losses] == [1, 2, 3, 4]
@@ -66,7 +66,9 @@ def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
 def test_prefect_shows_tables_links_and_progress(home: Home, prefect_server: PrefectServer) -> None:
     found = httpx.post(f"{prefect_server.url}/artifacts/filter", json={"limit": 200}).json()
     mine = [artifact for artifact in found if artifact["flow_run_id"] == home.summary["flow_run_id"]]
-    assert {"models", "report", "mlflow-run"} <= {artifact["key"] for artifact in mine}
+    assert {"models", "report", "report-page", "verdict", "dataset-profile", "mlflow-run"} <= {
+        artifact["key"] for artifact in mine
+    }
     assert any(artifact["type"] == "progress" and artifact["data"] == 100.0 for artifact in mine)
 
 
@@ -76,10 +78,18 @@ def test_a_second_run_is_cached_and_a_change_runs_what_depends_on_it(home: Home)
     assert all(cached for name, cached in home.cached.items() if not name.startswith("take"))
     assert [row["exact_match"] for row in home.summary["models"]] == [row["exact_match"] for row in first["models"]]
 
-    home.write(evaluate={"max_new_tokens": 15})
+    home.write(evaluate={"max_new_tokens": 15, "latency_rows": 2, "perplexity_rows": 4})
     home.run()
     again = {name for name, cached in home.cached.items() if not cached and not name.startswith("take")}
-    assert again == {f"evaluate {name}" for name in MODELS}
+    assert again == {"gate", *(f"evaluate {name}" for name in MODELS)}
+
+
+def test_a_broken_rule_fails_the_flow_after_its_report(home: Home) -> None:
+    home.write(gate={"floors": {"exact_match": 1.0}})
+    output = home.fail()
+    assert "exact_match" in output and "at least 100.0% is wanted" in output
+    assert home.summary["gate"]["passed"] is False
+    assert "at least 100.0% is wanted" in (home.directory / "home/reports/latest/index.html").read_text()
 
 
 def test_a_deleted_artifact_is_made_again(home: Home) -> None:

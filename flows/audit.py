@@ -1,0 +1,76 @@
+"""What would quantization break in these models, and why? Any number of them, side by side.
+
+python -m flows.audit deployments/presets/audit.yaml
+
+models ── take (each) ──┐
+rows ──── ingest ───────┴── find outliers ── verdict per target, pictures, importance matrix
+"""
+
+from typing import Any
+
+from prefect import flow
+from pydantic import ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+
+from flows.config import FlowConfig, given_files
+from flows.stages import Stages
+from flows.start import start
+from flows.verdict import publish_verdict
+from tasks.core.refs import AnyModel, DatasetRef
+from tasks.core.take import take_files, take_model
+from tasks.ingest import IngestConfig
+from tasks.ingest.task import ingest
+from tasks.outliers import OutlierConfig
+from tasks.outliers.task import find_outliers
+
+
+class AuditConfig(FlowConfig):
+    """What quantization would break in any number of models. Without rows only their weights are looked at."""
+
+    model_config = ConfigDict(title="Audit")
+
+    models: dict[str, str] = Field(min_length=1)
+    """Models by a name of your choice: hub names or local directories. `focus` in `outliers` names the main one."""
+    revision: dict[str, str] = {}
+    """Hub revisions to pin, by hub name."""
+    train: str | None = None
+    """Rows like those the model will meet: what flows through it is measured on a sample of them."""
+    test: str | None = None
+    """Held-out rows for the trials in float16, 8-bit activations and so on; else a part of `train` is held back."""
+    ingest: IngestConfig = IngestConfig(allow_few_rows=True)
+    outliers: OutlierConfig = OutlierConfig()
+
+
+@flow(name="stillhouse-audit", validate_parameters=True, persist_result=False)
+def audit(config: AuditConfig) -> dict[str, Any]:
+    """Looks at every model, and says for every deployment target whether it is safe, because of what, and what to do.
+
+    Returns `targets` (rows of the verdict's table), `sentences`, and the directory of the report.
+    """
+    with Stages(config) as run:
+        models: dict[str, AnyModel] = {
+            name: run(f"take {name}", take_model, source, config.revision.get(source))
+            for name, source in config.models.items()
+        }
+        dataset: DatasetRef | None = None
+        files = given_files(train=config.train, test=config.test)
+        if files:
+            dataset = run("ingest", ingest, config.ingest, run("take data", take_files, files))
+        return publish_verdict(run, run("outliers", find_outliers, config.outliers, models, dataset))
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The verdict in the terminal."""
+    table = Table(title="Safe to deploy?")
+    for column in ("model", "target", "verdict", "because", "do"):
+        table.add_column(column)
+    for row in summary["targets"]:
+        table.add_row(*(str(row[column]) for column in ("model", "target", "verdict", "because", "do")))
+    Console(width=max(Console().width, 120)).print(table)
+    print("\n".join(summary["sentences"]))
+    print(f"Report:   {summary['report']}")
+
+
+if __name__ == "__main__":
+    start(audit, AuditConfig, show)

@@ -1,0 +1,91 @@
+"""Any model to proven GGUF files: audit, remedy where asked for, convert, evaluate, gate.
+
+python -m flows.quantize deployments/presets/quantize.yaml
+
+model ── take ──┬── find outliers ──┐
+                ├── merge (remedy) ─┴── GGUF (one a kind) ── evaluate ── gate ── report
+rows ── ingest ─┘
+"""
+
+from typing import Any, Self
+
+from prefect import flow
+from pydantic import ConfigDict, Field, model_validator
+
+from flows.config import DELIVERED, FlowConfig, given_files, kinds_once
+from flows.report import publish, show
+from flows.stages import Stages
+from flows.start import start
+from flows.verdict import verdict_table
+from tasks.core.take import take_files, take_model
+from tasks.evaluate import EvaluateConfig
+from tasks.evaluate.task import evaluate
+from tasks.gate import GateConfig
+from tasks.gate.task import gate, require_passed
+from tasks.gguf import GgufConfig
+from tasks.gguf.task import convert
+from tasks.ingest import IngestConfig
+from tasks.ingest.task import ingest
+from tasks.merge import MergeConfig
+from tasks.merge.task import merge
+from tasks.outliers import OutlierConfig
+from tasks.outliers.task import find_outliers
+
+
+class QuantizeConfig(FlowConfig):
+    """One model to GGUF files, proven on your rows."""
+
+    model_config = ConfigDict(title="Quantize")
+
+    model: str
+    """The model: a name on the Hugging Face hub or a local directory. Adapters are merged by the pipeline."""
+    revision: str | None = None
+    """Hub revision to pin."""
+    train: str
+    """Rows like those the model will meet: calibration rows for the importance matrix are taken from them."""
+    test: str | None = None
+    """Held-out rows that the model and every file are evaluated on; without it a part of `train` is held back."""
+    ingest: IngestConfig = IngestConfig(allow_few_rows=True)
+    outliers: OutlierConfig = OutlierConfig()
+    merge: MergeConfig = MergeConfig()
+    """Only `remedy` and its settings matter here; `none` skips the stage."""
+    gguf: list[GgufConfig] = Field(default=[GgufConfig(kind=kind) for kind in DELIVERED], min_length=1)
+    """The GGUF files to make, one of a kind."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _kinds_once(self) -> Self:
+        kinds_once(self.gguf)
+        return self
+
+
+@flow(name="stillhouse-quantize", validate_parameters=True, persist_result=False)
+def quantize(config: QuantizeConfig) -> dict[str, Any]:
+    """Audits the model, makes every GGUF file, and evaluates all of them beside the model itself.
+
+    Returns the summary that the report shows. Raises GateFailed, after the report, when a file lost too much.
+    """
+    with Stages(config) as run:
+        model = run("take model", take_model, config.model, config.revision)
+        files = run("take data", take_files, given_files(train=config.train, test=config.test))
+        dataset = run("ingest", ingest, config.ingest, files, model)
+        outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
+        verdict_table(run, outliers)
+        source = model if config.merge.remedy == "none" else run("remedy", merge, config.merge, model, dataset)
+        scores = {"model": run("evaluate model", evaluate, config.evaluate, model, dataset, "model")}
+        for one in config.gguf:
+            gguf = run(f"gguf {one.kind}", convert, one, source, dataset, outliers=outliers)
+            scores[one.kind] = run(f"evaluate {one.kind}", evaluate, config.evaluate, source, dataset, one.kind, gguf)
+        verdict = run("gate", gate, config.gate, {"student": scores["model"]} | _files(scores))
+        summary = publish(run, dataset, scores, {"ingest": dataset, "outliers": outliers}, verdict)
+        require_passed(verdict)
+        return summary
+
+
+def _files(scores: dict[str, Any]) -> dict[str, Any]:
+    return {name: ref for name, ref in scores.items() if name != "model"}
+
+
+if __name__ == "__main__":
+    start(quantize, QuantizeConfig, show)
