@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from tests.flows.pico_run import Home
 from tests.prefect_server import PrefectServer
 
-SEEN_MODULES = {"ingest", "teacher", "distill", "outliers", "merge", "gguf", "evaluate"}
+SEEN_MODULES = {"ingest", "teacher", "states", "distill", "outliers", "merge", "gguf", "evaluate", "gate"}
 
 
 def stages(pid: int) -> list[psutil.Process]:
