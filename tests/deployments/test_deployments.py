@@ -22,7 +22,7 @@ PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 @pytest.fixture
 def worker(prefect_server: PrefectServer, s3: Bucket, tmp_path: Path) -> Iterator[None]:
-    """The three deployments on a process pool, and a worker that keeps its artifacts in S3."""
+    """The deployments on a process pool, and a worker that keeps its artifacts in S3."""
     environment = os.environ | prefect_server.environment | {
         "STILLHOUSE_ROOT": str(ROOT), "STILLHOUSE_HOME": str(tmp_path / "home"), "STILLHOUSE_STORE": s3.uri,
         "PREFECT_WORKER_QUERY_SECONDS": "1", "STILLHOUSE_GPU_SLOT": "gpu-worker",
@@ -72,7 +72,8 @@ def test_a_run_made_over_rest_completes_on_s3(
     assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-5000:]
     listed = boto3.client("s3").list_objects_v2(Bucket=s3.name, Prefix="team/stillhouse/index/")
     stages = {item["Key"].split("/")[3] for item in listed["Contents"]}
-    assert stages == {"ingest", "teacher", "distill", "outliers", "merge", "gguf", "evaluate"}
+    expected = {"ingest", "teacher", "distill.states", "distill", "outliers", "merge", "gguf", "evaluate", "gate"}
+    assert stages - {"distill.states.last"} == expected
     assert not (tmp_path / "home" / "store").exists()
 
 
@@ -81,7 +82,10 @@ def test_the_nightly_schedule_is_off_until_switched_on(worker: None, prefect_ser
     assert [schedule["active"] for schedule in nightly["schedules"]] == [False]
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
     written = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
-    assert {one["name"] for one in written["deployments"]} == {"manual", "nightly", "api"}
+    names = {one["name"] for one in written["deployments"]}
+    assert names == {"manual", "nightly", "api", "audit", "quantize", "bakeoff"}
+    audit = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse-audit/audit").json()
+    assert "OutlierConfig" in audit["parameter_openapi_schema"]["definitions"]
     manual = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/manual").json()
     form = manual["parameter_openapi_schema"]["definitions"]
     assert form["FineTuneConfig"]["properties"]["rank"]["description"].startswith("Rank of the LoRA")
