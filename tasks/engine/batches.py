@@ -62,12 +62,6 @@ def encode_file(
     return kept
 
 
-def micro_batch(batch_size: int, micro_batch_size: int, rung: int = 0) -> int:
-    """Rows in memory at once after `rung` halvings: the largest divisor of `batch_size` that is not above it."""
-    most = max(1, min(micro_batch_size, batch_size) >> rung)
-    return next(size for size in range(most, 0, -1) if batch_size % size == 0)
-
-
 def row_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:
     """Rows of all steps, `batch_size` a step: one shuffle of all rows after another, without a seam between them.
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from tasks.core.errors import BadConfig
+from tasks.core.ladder import micro_batch
 from tasks.core.refs import ModelDir
-from tasks.engine.batches import collate, micro_batch, row_order
+from tasks.engine.batches import collate, row_order
 from tasks.engine.chat import IGNORE, Example
 from tasks.engine.head import check_head, head_of, hidden_states
 from tasks.engine.load import load_model
@@ -69,6 +70,6 @@ def test_every_row_comes_once_before_any_comes_twice():
 
 
 def test_out_of_memory_rungs_keep_the_effective_batch():
-    assert [micro_batch(32, 8, rung) for rung in range(5)] == [8, 4, 2, 1, 1]
+    assert [micro_batch(32, max(1, 8 >> rung)) for rung in range(5)] == [8, 4, 2, 1, 1]
     assert micro_batch(30, 8) == 6
     assert micro_batch(4, 64) == 4
