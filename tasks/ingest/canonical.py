@@ -1,12 +1,12 @@
 """A good row as its canonical line, and the numbers that decide what becomes of it."""
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import orjson
+from xxhash import xxh3_64_digest
 
-from tasks.ingest.shapes import Turn, type_name
+from tasks.ingest.shapes import MISSING, SHORT, Turn, type_name
 
 DEPTH = 2  # an answer's own fields, and those of the objects in them (`entities`)
 MOST_KINDS = 20_000
@@ -14,6 +14,10 @@ MOST_KINDS = 20_000
 Signature = tuple[tuple[str, str, Any], ...]
 OPENING = {role: b'{"role":"%b","content":' % role.encode() for role in ("system", "user", "assistant")}
 ASKED = {role: b'["%b", ' % role.encode() for role in OPENING}
+
+
+PAIR = b'{"messages":[{"role":"user","content":%b},{"role":"assistant","content":%b}],"intent":%b}\n'
+Canonical = tuple[bytes, bytes, bytes, "Kind", int, int]
 
 
 class Kind(NamedTuple):
@@ -50,8 +54,10 @@ class Kinds:
         return len(self.all) > MOST_KINDS
 
 
-def canonical(turns: Sequence[Turn], salt: bytes, learn_all: bool) -> tuple[bytes, bytes, bytes, Kind]:
-    """The row's line; its question's hash (8 bytes, they decide the split; `salt` is the seed); its answer's; its kind.
+def canonical(turns: Sequence[Turn], salt: bytes, learn_all: bool) -> Canonical:
+    """The row's line; its question's hash (XXH3; it decides the split; `salt` is the seed); its answer's; its kind.
+
+    Then the characters of the messages before the answer, and of the answer.
 
     Raises ValueError when no message is to be learnt.
     """
@@ -61,18 +67,53 @@ def canonical(turns: Sequence[Turn], salt: bytes, learn_all: bool) -> tuple[byte
         parts.append(OPENING[role] + encoded)
         questions.append(ASKED[role] + (encoded if text == text.strip() else orjson.dumps(text.strip())))
     questions.pop()
+    answer, kind, intent = _answered(text, encoded)
+    labels = _labels(turns, learn_all) if len(turns) > 3 or not turns[-1][2] else b""
+    line = b'{"messages":[' + b"},".join(parts) + b'}],"intent":' + intent + labels + b"}\n"
+    question = salt + b"[" + b"], ".join(questions) + b"]]"
+    before = sum([len(turn[1]) for turn in turns]) - len(text)
+    return line, xxh3_64_digest(question), xxh3_64_digest(answer), kind, before, len(text)
+
+
+def canonical_pair(value: Any, fields: tuple[str, str | None, str], salt: bytes) -> Canonical | None:
+    """The common row at a third of the cost: one question, one answer, nothing odd about either.
+
+    `fields` are the question's, what is added to it (or None), and the answer's. None means that `to_turns` and
+    `canonical` have to look at the row; control tokens, NUL and U+FFFD are the caller's to rule out.
+    """
+    first, second, last = fields
+    if type(value) is not dict or "system" in value:
+        return None
+    asked, text = value.get(first), value.get(last)
+    if type(asked) is not str or type(text) is not str or _odd(asked) or _odd(text):
+        return None
+    if second is not None and (more := value.get(second)):
+        if type(more) is not str or _odd(more):
+            return None
+        asked = f"{asked}\n\n{more}"
+    encoded, told = orjson.dumps(asked), orjson.dumps(text)
+    stripped = asked.strip()
+    question = encoded if len(stripped) == len(asked) else orjson.dumps(stripped)
+    answer, kind, intent = _answered(text, told)
+    line = PAIR % (encoded, told, intent)
+    hashed = xxh3_64_digest(b'%b[["user", %b]]' % (salt, question))
+    return line, hashed, xxh3_64_digest(answer), kind, len(asked), len(text)
+
+
+def _odd(text: str) -> bool:
+    """Whether `to_turns` may refuse this text: empty, short enough to stand for a missing value, or invisible."""
+    return not text or text.isspace() or (len(text) < SHORT and (text in MISSING or not text.isascii()))
+
+
+def _answered(text: str, encoded: bytes) -> tuple[bytes, Kind, bytes]:
+    """The answer as duplicates compare it, its kind, and its intent as JSON."""
     parsed = json_object(text)
     if parsed is None:
-        intent, kind, answer = None, TEXT, encoded
-    else:
-        intent = parsed.get("intent") or None
-        intent = intent if isinstance(intent, str) else None
-        kind, answer = Kind(intent, signature(parsed)), orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS)
-    labels = _labels(turns, learn_all) if len(turns) > 3 or not turns[-1][2] else b""
-    tail = b"null" if intent is None else orjson.dumps(intent)
-    line = b'{"messages":[' + b"},".join(parts) + b'}],"intent":' + tail + labels + b"}\n"
-    question = salt + b"[" + b"], ".join(questions) + b"]]"
-    return line, blake2b(question, digest_size=8).digest(), blake2b(answer, digest_size=8).digest(), kind
+        return encoded, TEXT, b"null"
+    intent = parsed.get("intent")
+    intent = intent if isinstance(intent, str) and intent else None
+    kind = Kind(intent, signature(parsed))
+    return orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS), kind, orjson.dumps(intent)
 
 
 def _labels(turns: Sequence[Turn], learn_all: bool) -> bytes:

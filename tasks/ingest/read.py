@@ -18,6 +18,7 @@ Split = Literal["train", "validation", "test"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".zst")
+BOM = b"\xef\xbb\xbf"
 # The names that Hugging Face's `datasets` gives to splits, so that a copied hub dataset is read as it was meant.
 SPLITS: dict[Split, str] = {"test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
 NOT_DATA = {"dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json"}  # of `save_to_disk`
@@ -107,25 +108,32 @@ def is_lines(path: Path) -> bool:
     return kind(path) in (".jsonl", ".ndjson")
 
 
+def is_packed(path: Path) -> bool:
+    """Whether the file has to be decompressed."""
+    return path.suffix.lower() in PACKED
+
+
 def lines(path: Path, name: str) -> Iterator[Numbered]:
     """JSON lines; empty ones do not count as rows."""
-    for first, block in line_blocks(path, name, 1 << 18):
+    for first, _, block in line_blocks(path, name, 1 << 18):
         for number, line in enumerate(block.split(b"\n"), first):
             if line and not line.isspace():
                 yield number, line
 
 
-def line_blocks(path: Path, name: str, size: int) -> Iterator[tuple[int, bytes]]:
-    """Whole lines of about `size` bytes together, with the number of the first one."""
-    first = 1
+def line_blocks(path: Path, name: str, size: int) -> Iterator[tuple[int, int, bytes]]:
+    """Whole lines of about `size` bytes together: the number of the first one, their place in the file, and they."""
+    first, place = 1, 0
     with damage_told(path, name), opened(path) as file:
         while block := file.read(size):
             block += file.readline()
             if first == 1:
                 refuse_utf16(block, name)
-                block = block.removeprefix(b"\xef\xbb\xbf")
-            yield first, block
+                place = len(BOM) if block.startswith(BOM) else 0
+                block = block[place:]
+            yield first, place, block
             first += block.count(b"\n")
+            place += len(block)
 
 
 def refuse_utf16(start: bytes, name: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import orjson
 import polars as pl
 
 from tasks.ingest.stage import Staged
@@ -21,10 +22,12 @@ class Found(NamedTuple):
 
 
 class Reasons:
-    """Says of a row number why the row is in quarantine; five bytes a row."""
+    """Says of a row's number why the row is in quarantine; five bytes a row, and the staged columns as they lie."""
 
     def __init__(self, staged: Staged, found: Found, splits: pl.DataFrame) -> None:
-        self._staged, self._found = staged, found
+        self._files, self._found = staged.files, found
+        columns = (staged.rows[name].to_numpy() for name in ("file", "line", "kind", "question"))
+        self._file, self._line, self._kind, self._question = columns
         self._fault = np.zeros(staged.rows.height, dtype=np.uint8)
         self._other = np.zeros(staged.rows.height, dtype=np.uint32)
         rows = found.faults["row"].to_numpy()
@@ -37,15 +40,13 @@ class Reasons:
     def __call__(self, row: int) -> str:
         """The reason."""
         fault, other = FAULTS[self._fault[row]], int(self._other[row])
-        kind = self._staged.rows["kind"][row]
         if fault == "schema":
-            return self._found.odd[kind]
+            return self._found.odd[int(self._kind[row])]
         if fault == "over_long":
             return f"{self._found.tokens[row]} tokens, more than max_length={self._found.max_length}"
         if fault == "not_json":
             return "the answer should be a JSON object, as most answers are, and is not"
-        questions = self._staged.rows["question"]
-        almost = "" if questions[row] == questions[other] else "almost "
+        almost = "" if self._question[row] == self._question[other] else "almost "
         if fault == "leak":
             split = self._split[row]
             return f"{almost}the same question is held out ({self.where(other)}), so {split} must not hold it"
@@ -57,5 +58,9 @@ class Reasons:
 
     def where(self, row: int) -> str:
         """File and line of a row."""
-        file, line = self._staged.rows["file"][row], self._staged.rows["line"][row]
-        return f"{self._staged.files[file][0]}:{line}"
+        return f"{self._files[self._file[row]][0]}:{self._line[row]}"
+
+    def quarantined(self, row: int, line: bytes) -> bytes:
+        """The row as it was understood, for quarantine.jsonl: its canonical line stands for what was found."""
+        file, number = self._files[self._file[row]][0], int(self._line[row])
+        return orjson.dumps({"file": file, "line": number, "reason": self(row), "raw": line.decode()}) + b"\n"

@@ -9,7 +9,7 @@ import orjson
 
 from tasks.core.errors import BadData
 
-# Shape -> fields of the question, in order, then the field of the answer. The first field must be there.
+# Shape -> fields of the question (one, or two of which the second may be missing), then the field of the answer.
 FLAT: dict[str, tuple[tuple[str, ...], str]] = {
     "alpaca": (("instruction", "input"), "output"),
     "prompt_completion": (("prompt",), "completion"),
@@ -23,6 +23,7 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
          "bot": "assistant", "chatgpt": "assistant", "system": "system"}  # fmt: skip
 # What programs write where a value is missing.
 MISSING = frozenset(["nan", "NaN", "NAN", "<NA>", "#N/A", "null", "NULL", "undefined", "TODO"])
+SHORT = 10  # characters below which a text may be one of those, or nothing that can be seen
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 CONTROL = re.compile(
     r"<(?:start_of_turn|end_of_turn|bos|eos|\|im_start\||\|im_end\||\|eot_id\||\|begin_of_text\||\|endoftext\|"
@@ -159,7 +160,7 @@ def _text(text: Any, field: str, place: str = "") -> str:
         raise ValueError(f"field {field!r}{place} is not a string but {type_name(text)}")
     if not text or text.isspace():
         raise ValueError(f"empty field {field!r}{place}")
-    if len(text) < 10:
+    if len(text) < SHORT:
         if text in MISSING:
             raise ValueError(f"field {field!r}{place} is {text!r}, which programs write where a value is missing")
         if not text.strip().strip(INVISIBLE):

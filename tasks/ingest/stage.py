@@ -20,10 +20,10 @@ from tasks.core.errors import BadData
 from tasks.core.job import Job
 from tasks.core.parent import die_with_parent
 from tasks.ingest import IngestConfig
-from tasks.ingest.block import Block, Done, Rules, stage_block
+from tasks.ingest.block import Block, Done, Rules, Stretch, stage_block
 from tasks.ingest.canonical import Kinds
 from tasks.ingest.diagnose import what_is_wrong
-from tasks.ingest.read import Split, Unreadable, data_files, is_lines, line_blocks, read
+from tasks.ingest.read import Split, Unreadable, data_files, is_lines, is_packed, line_blocks, read
 from tasks.ingest.shapes import recognise
 
 SAMPLE = 200
@@ -37,12 +37,14 @@ COLUMNS = np.dtype([("file", "<u2"), ("line", "<u4"), ("question", "<u8"), ("ans
 
 
 class Staged(NamedTuple):
-    """What the first pass found: `rows` has a row of numbers a good row, in file order; `lines` their files' paths."""
+    """What the first pass found: `rows` has a row of numbers a good row, in file order; `lines` are the scratch files
+    that hold them, `counts` of them each."""
 
     files: list[tuple[str, Split]]
     shapes: dict[str, str]
     rows: pl.DataFrame
     lines: list[Path]
+    counts: list[int]
     kinds: Kinds
     faults: int
     passed_over: list[str]
@@ -62,10 +64,11 @@ def stage_rows(config: IngestConfig, files: Path, staged: Path, quarantine: IO[b
     shapes: dict[str, str] = {}
     blocks = _blocks(config, [path for path, _ in paths], [name for name, _ in names], shapes)
     staged.mkdir()
-    kinds, records, faults, written = Kinds(), bytearray(), 0, list[Path]()
+    kinds, records, faults, written, counts = Kinds(), bytearray(), 0, list[Path](), list[int]()
     for number, (block, done) in enumerate(_worked(blocks, staged, sum(sizes))):
         written.append(staged / f"{number:06}")
         quarantine.write(done.quarantine)
+        counts.append(len(done.records) // COLUMNS.itemsize)
         records += _renumbered(done, kinds)
         faults += done.faults
         if number % 8 == 0:
@@ -73,7 +76,8 @@ def stage_rows(config: IngestConfig, files: Path, staged: Path, quarantine: IO[b
     job.progress(sum(sizes), sum(sizes), "bytes", "read")
     table = np.frombuffer(records, COLUMNS)
     rows = pl.DataFrame({name: pl.Series(name, np.ascontiguousarray(table[name])) for name in COLUMNS.names or ()})
-    return Staged(names, shapes, rows, written, kinds, faults, [str(path.relative_to(root)) for path in passed_over])
+    told = [str(path.relative_to(root)) for path in passed_over]
+    return Staged(names, shapes, rows, written, counts, kinds, faults, told)
 
 
 def _renumbered(done: Done, kinds: Kinds) -> bytes:
@@ -118,13 +122,13 @@ def _blocks(config: IngestConfig, paths: list[Path], names: list[str], shapes: d
     salt, learn_all = b"%d\n" % config.seed, config.learn_turns == "all"
     before = 0
     for file, (path, name) in enumerate(zip(paths, names, strict=True)):
-        read_of_it, size = 0, path.stat().st_size
+        size = path.stat().st_size
         shapes[name] = _shape(config, path, name)
         rules = Rules(shapes[name], config.system_prompt, salt, learn_all)
         if is_lines(path):
-            for first, data in line_blocks(path, name, BLOCK_BYTES):
-                yield Block(file, name, rules, first, data, before + min(read_of_it, size))
-                read_of_it += len(data)
+            for first, place, data in line_blocks(path, name, BLOCK_BYTES):
+                stretch = data if is_packed(path) else Stretch(path, place, len(data))
+                yield Block(file, name, rules, first, stretch, before + min(place, size))
         else:
             rows = read(path, name)
             while some := list(islice(rows, BLOCK_ROWS)):

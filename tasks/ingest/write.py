@@ -1,56 +1,75 @@
 """Second pass: canonical lines go to the split that their verdict says, or to quarantine with its reason."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import orjson
 import polars as pl
+from numpy.typing import NDArray
 
 from tasks.core.job import Job
 from tasks.ingest.judge import Judged
 from tasks.ingest.profile import SPLITS
-from tasks.ingest.stage import Staged, staged_lines
+from tasks.ingest.reasons import Reasons
+from tasks.ingest.stage import Staged
 
-QUARANTINED, SPECIAL = 3, 4  # codes of a row beside its split's place in SPLITS: out, and more than one thing to do
-EVERY = 100_000
+QUARANTINED, CUT = len(SPLITS), len(SPLITS) + 1  # a row's code is its split's place in SPLITS, or one of these
 
 
-def write_splits(
-    staged: Staged, judged: Judged, reason: Callable[[int], str], out: Path, quarantine: IO[bytes], job: Job
-) -> None:
-    """Writes train, validation, test and calibration.jsonl; `reason` says why a row is not good."""
-    rows, calibration, cut = judged.good, judged.calibration, judged.cut
-    total = staged.rows.height
-    codes = np.full(total, QUARANTINED, dtype=np.uint8)
-    place = rows["split"].replace_strict({name: i for i, name in enumerate(SPLITS)}, return_dtype=pl.UInt8)
-    codes[rows["row"].to_numpy()] = place.to_numpy()
-    special = {row: int(codes[row]) for row in {*calibration, *cut}}
-    codes[list(special)] = SPECIAL
-    chosen: list[bytes] = [b""] * len(calibration)
+def write_splits(staged: Staged, judged: Judged, reasons: Reasons, out: Path, quarantine: IO[bytes], job: Job) -> None:
+    """Writes train, validation, test and calibration.jsonl; `reasons` says why a row is not good.
+
+    Neighbours that go the same way are copied together, without a look at their lines.
+    """
+    codes = _codes(judged.good, staged.rows.height)
+    split_of_cut = {row: int(codes[row]) for row in judged.cut}
+    codes[list(judged.cut)] = CUT
+    chosen: list[bytes] = [b""] * len(judged.calibration)
+    picked = np.array(sorted(judged.calibration), dtype=np.int64)
     with ExitStack() as stack:
-        files = [stack.enter_context((out / f"{name}.jsonl").open("wb", buffering=1 << 20)) for name in SPLITS]
-        writes = [file.write for file in files]
-        for row, (line, code) in enumerate(zip(staged_lines(staged.lines), codes.tobytes(), strict=True)):
-            if code < QUARANTINED:
-                writes[code](line)
-            elif code == QUARANTINED:
-                quarantine.write(_quarantined(staged, row, reason(row), line))
-            else:
-                line = cut[row][0] + b"\n" if row in cut else line
-                writes[special[row]](line)
-                if row in calibration:
-                    chosen[calibration[row]] = line
-            if row % EVERY == 0:
-                job.progress(row, total, "rows", "writing")
+        files = [stack.enter_context((out / f"{name}.jsonl").open("wb")) for name in SPLITS]
+        for number, (first, ends, data) in enumerate(_staged_blocks(staged)):
+            starts, here = np.concatenate([[0], ends[:-1]]), codes[first : first + len(ends)]
+            pieces: list[list[bytes | memoryview]] = [[] for _ in SPLITS]
+            borders = [0, *(np.flatnonzero(here[1:] != here[:-1]) + 1).tolist(), len(here)]
+            for left, right in pairwise(borders):
+                code = here[left]
+                if code < QUARANTINED:
+                    pieces[code].append(data[starts[left] : ends[right - 1]])
+                    continue
+                for row in range(first + left, first + right):
+                    if code == CUT:
+                        pieces[split_of_cut[row]].append(judged.cut[row][0] + b"\n")
+                    else:
+                        quarantine.write(
+                            reasons.quarantined(row, bytes(data[starts[row - first] : ends[row - first] - 1]))
+                        )
+            for file, of_split in zip(files, pieces, strict=True):
+                file.write(b"".join(of_split))
+            for row in picked[slice(*np.searchsorted(picked, (first, first + len(ends))))].tolist():
+                line = (
+                    judged.cut[row][0] + b"\n" if row in judged.cut else data[starts[row - first] : ends[row - first]]
+                )
+                chosen[judged.calibration[row]] = bytes(line)
+            if number % 16 == 0:
+                job.progress(first, staged.rows.height, "rows", "writing")
     (out / "calibration.jsonl").write_bytes(b"".join(chosen))
-    job.progress(total, total, "rows", "written")
+    job.progress(staged.rows.height, staged.rows.height, "rows", "written")
 
 
-def _quarantined(staged: Staged, row: int, reason: str, line: bytes) -> bytes:
-    """The row as it was understood: its canonical line stands for what was found."""
-    file, number = staged.rows["file"][row], staged.rows["line"][row]
-    told = {"file": staged.files[file][0], "line": number, "reason": reason, "raw": line.rstrip().decode()}
-    return orjson.dumps(told) + b"\n"
+def _codes(good: pl.DataFrame, total: int) -> NDArray[np.uint8]:
+    codes = np.full(total, QUARANTINED, dtype=np.uint8)
+    places = good["split"].replace_strict({name: i for i, name in enumerate(SPLITS)}, return_dtype=pl.UInt8)
+    codes[good["row"].to_numpy()] = places.to_numpy()
+    return codes
+
+
+def _staged_blocks(staged: Staged) -> Iterator[tuple[int, NDArray[np.int64], memoryview]]:
+    """Each file of the first pass: the number of its first row, where its lines end, and its bytes."""
+    sizes, first = staged.rows["bytes"].to_numpy(), 0
+    for path, rows in zip(staged.lines, staged.counts, strict=True):
+        yield first, np.cumsum(sizes[first : first + rows], dtype=np.int64), memoryview(path.read_bytes())
+        first += rows

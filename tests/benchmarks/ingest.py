@@ -57,7 +57,11 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def measured(command: list[str], environment: dict[str, str] | None = None) -> Cost:
-    """Seconds and memory of a command and its children; fails when it fails."""
+    """Seconds and memory of a command and its children; fails when it fails.
+
+    What was written before is on the disk first, or the one would wait for the other's files.
+    """
+    os.sync()
     start, cpu, peak = time.perf_counter(), _cpu(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     watched = psutil.Process(process.pid)

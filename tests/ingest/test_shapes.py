@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from tasks.core.errors import BadData
 from tasks.ingest import stage
+from tasks.ingest.canonical import canonical, canonical_pair
+from tasks.ingest.shapes import to_turns
 from tests.ingest.conftest import Ran, intent_row, text_rows
 
 Go = Callable[..., Ran]
@@ -37,6 +40,24 @@ def test_more_kinds_of_files_give_the_same_rows(go: Go, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         found.add((go(tmp_path / name).out / "train.jsonl").read_bytes())
     assert len(found) == 1
+
+
+ODD = ["", " ", "\u200b", "nan", "no", "\u00e9", " spaces around ", "line\nline", '{"intent": "a", "b": {"c": [1]}}',
+       ' {"a": 1}', '{"intent": ""}', "[1]", '{"a": ', 7, None, {"intent": "a"}, ["x"],
+       "a long enough question \u200b"]  # fmt: skip
+
+
+def test_the_quick_way_makes_of_a_row_what_the_long_way_makes_or_leaves_it() -> None:
+    fields, quick = ("instruction", "input", "output"), 0
+    for asked, given, answer in product(ODD, ODD, ODD):
+        value = {"instruction": asked, "input": given, "output": answer}
+        made = canonical_pair(value, fields, b"0\n")
+        if made is not None:
+            quick += 1
+            assert made == canonical(to_turns(value, "alpaca"), b"0\n", learn_all=True)
+    assert quick > 800
+    assert canonical_pair({"instruction": "a", "output": "b", "system": "c"}, fields, b"") is None
+    assert canonical_pair(["a"], fields, b"") is canonical_pair({"instruction": "a"}, fields, b"") is None
 
 
 def test_a_long_json_array_is_read_piece_by_piece(go: Go, tmp_path: Path) -> None:
