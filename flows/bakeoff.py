@@ -63,13 +63,14 @@ class BakeoffFlowConfig(FlowConfig):
     """The methods, each in the dtype of what it does not quantize."""
     gguf: list[GgufConfig] = Field(
         default=[
-            GgufConfig(kind=kind, imatrix=imatrix, max_mean_kl=1e9, min_top1=0)
+            GgufConfig(kind=kind, imatrix=imatrix, proof_rows=64, max_mean_kl=1e9, min_top1=0)
             for kind in KINDS
             for imatrix in ((False, True) if kind not in ("BF16", "Q8_0") else (False,))
         ]
     )
     """The GGUF files, with and without the importance matrix; budgets are wide, for a bad one is a result too."""
-    evaluate: EvaluateConfig = EvaluateConfig(latency_rows=0, perplexity_rows=0)
+    evaluate: EvaluateConfig = EvaluateConfig(limit_rows=64, latency_rows=8, perplexity_rows=0)
+    """How GGUF files are scored: on as many rows as the methods, and their speed on rows asked one at a time."""
 
 
 @flow(name="stillhouse-bakeoff", validate_parameters=True, persist_result=False)
@@ -98,12 +99,14 @@ def _gguf(
     label = f"{one.kind}{' imatrix' if one.imatrix else ''}"
     gguf = run(f"gguf {label}", convert, one, model, dataset, outliers=outliers)
     facts = run(f"evaluate {label}", evaluate, config.evaluate, model, dataset, label, gguf).facts
-    scores = {"tokens_per_second": facts["tokens_per_second"]}
+    scores = {"tokens_per_second": facts.get("alone_tokens_per_second", facts["tokens_per_second"])}
     if "exact_match" in facts:
         scores["exact"] = facts["exact_match"]
     foretold = json.loads((_fetched(run, outliers) / "verdict.json").read_text())
     predicted = foretold["models"][foretold["focus"]]["targets"]["gguf_cpu"]["verdict"]
-    return gguf_row(gguf.facts, _report(run, gguf)["seconds"], one.imatrix, predicted=predicted, **scores)
+    made = _report(run, gguf)["metrics"]
+    scores["peak_bytes"] = made["conversion_peak_bytes"]
+    return gguf_row(gguf.facts, made["conversion_seconds"], one.imatrix, predicted=predicted, **scores)
 
 
 def _fetched(run: Stages, ref: Any) -> Path:

@@ -37,11 +37,6 @@ def happened(row: Row) -> str:
 
 def table(rows: list[Row]) -> list[Row]:
     """The rows as people read them, smallest KL first, what did not run last."""
-
-    def order(row: Row) -> tuple[bool, float]:
-        broken = "mean_kl" not in row or bool(row.get("not_finite"))
-        return broken, row.get("mean_kl", 0.0)
-
     return [
         {
             "method": row["method"],
@@ -56,7 +51,7 @@ def table(rows: list[Row]) -> list[Row]:
             "predicted": row.get("predicted", "-"),
             "happened": happened(row),
         }
-        for row in sorted(rows, key=order)
+        for row in sorted(rows, key=_cost)
     ]
 
 
@@ -67,28 +62,44 @@ def markdown(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Bytes against mean KL, both logarithmic; what was not finite or did not run has no place there."""
-    import matplotlib  # noqa: PLC0415 - flows import this module
+    """A line a method, the best first: mean KL in each dtype on the left, megabytes on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - flows import this module
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    figure, axis = plt.subplots(figsize=(10, 6))
-    drawn = [row for row in rows if "mean_kl" in row and not row.get("not_finite")]
+    ran = [row for row in rows if "mean_kl" in row]
+    finite = [row["mean_kl"] for row in ran if not row.get("not_finite")]
+    lowest, highest = max(1e-8, min(finite, default=1e-8)), max([*finite, 1e-2])
+    methods = list(dict.fromkeys(row["method"] for row in sorted(ran, key=_cost)))
+    figure = Figure(figsize=(11, 1.6 + 0.27 * len(methods)))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     colours = {"safe": "seagreen", "risky": "darkorange", "unsafe": "crimson"}
-    for row in drawn:
-        kl = max(row["mean_kl"], 1e-8)
-        marker = "s" if row["method"].startswith("GGUF") else "o"
-        axis.scatter(row["bytes"] / 1e6, kl, color=colours[happened(row)], marker=marker)
-        axis.annotate(f"{row['method']} {row['dtype']}", (row["bytes"] / 1e6, kl), fontsize=7, xytext=(4, 3),
-                      textcoords="offset points")  # fmt: skip
-    axis.set(title="What each method costs", xlabel="megabytes", ylabel="mean KL to the model in float32, nats a token")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.grid(alpha=0.3)
+    marks = {"bfloat16": "o", "float16": "^", "float32": "s"}
+    for row in ran:
+        line, word = methods.index(row["method"]), happened(row).split(":")[0]
+        broken = bool(row.get("not_finite"))
+        place = 10 * highest if broken else max(row["mean_kl"], lowest)
+        left.scatter(place, line, color=colours[word], marker="x" if broken else marks[row["dtype"]], s=36)
+        right.barh(line, row["bytes"] / 1e6, color="slategray", height=0.6)
+    left.set_xscale("log")
+    left.set_yticks(range(len(methods)), methods, fontsize=8)
+    left.invert_yaxis()
+    left.set(title="mean KL to the model in float32", xlabel="nats a token; a cross at the right: NaN or infinite")
+    right.set(title="size", xlabel="megabytes")
+    for dtype, mark in marks.items():
+        left.scatter([], [], color="gray", marker=mark, label=dtype)
+    for word, colour in colours.items():
+        left.scatter([], [], color=colour, marker="s", label=word)
+    left.legend(fontsize=8, loc="upper right", ncols=2)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    FigureCanvasAgg(figure)
     figure.tight_layout()
     figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)
+
+
+def _cost(row: Row) -> tuple[bool, float]:
+    """Sorts by KL, what did not run or gave no finite number behind."""
+    return "mean_kl" not in row or bool(row.get("not_finite")), row.get("mean_kl", 0.0)
 
 
 def _scaled(row: Row, key: str, factor: float, digits: str, unit: str = "") -> str:

@@ -44,12 +44,12 @@ class Stored(NamedTuple):
         if shape:
             stop = shape[0] if stop is None else min(stop, shape[0])
             shape = (stop - start, *shape[1:])
-        buffer = bytearray(math.prod(shape) * self.dtype.itemsize)
+        flat = torch.empty(math.prod(shape), dtype=self.dtype)
+        buffer = flat.view(torch.uint8).numpy().data
         with self.file.open("rb") as file:
             file.seek(self.offset + start * row_bytes)
             if file.readinto(buffer) != len(buffer):
                 raise Corrupted(f"{self.file} ends within a tensor: copy or download it again")
-        flat = torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
         return flat.reshape(shape)
 
 

@@ -1,5 +1,7 @@
 """Evaluate: how good a model's answers are on the held-out rows, and how fast they come. This is the stage's config."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.core.config import StageConfig
@@ -26,8 +28,9 @@ class EvaluateConfig(StageConfig):
     warmup_rows: int = Field(default=4, ge=0)
     """Rows answered once before the clock starts, so that speeds leave out what happens only once."""
 
-    four_bit: bool = False
-    """Load the Hugging Face model in 4 bits (NF4, bitsandbytes), as QLoRA trains on it; a GGUF file is as it is."""
+    load_in: Literal["original", "int8", "nf4"] = "original"
+    """How a Hugging Face model is loaded: as it is stored, or in bitsandbytes' 8 bits, or in 4 (NF4, as QLoRA trains on
+    it); a GGUF file is as it is."""
 
     stop_at_json: bool = False
     """End an answer where it is a whole JSON object, as a client that parses would; else only the model ends it."""
@@ -42,7 +45,8 @@ class EvaluateConfig(StageConfig):
     """Held-out rows whose expected answers' perplexity is measured; 0 measures none."""
 
     text_tokens: int = Field(default=8192, ge=0)
-    """Tokens of general text (the `text` input) whose perplexity shows what the model forgot; 0 measures none."""
+    """Tokens of general text (the `text` input) whose perplexity shows what training and quantization made the model
+    forget; 0 measures none."""
 
     metric: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
     """A metric of your own, `module:function`: called with (question, expected, answer) for each row, gives a number.

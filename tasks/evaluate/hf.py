@@ -1,5 +1,6 @@
 """Answers from a Hugging Face model: base, adapter, merged, or in 4 bits."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,12 +86,15 @@ class HfEngine:
 
 @contextmanager
 def hf_engine(
-    model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, asked: Asked, four_bit: bool, job: Job
+    model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, asked: Asked, load_in: str, job: Job
 ) -> Iterator[HfEngine]:
-    """The model, loaded; after an out-of-memory error (`Job.rung`) with half the slots."""
+    """The model, loaded `original`, in `int8` or in `nf4`; after an out-of-memory error (`Job.rung`) with half the
+    slots."""
     torch.set_num_threads(asked.threads)
-    loaded = load_model(model_dir, four_bit=four_bit)
-    if isinstance(loaded, PeftModel) and loaded.dtype == torch.float32 and not four_bit:
+    if load_in == "int8":  # every product would tell that its inputs are cast
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    loaded = load_model(model_dir, four_bit=load_in == "nf4", eight_bit=load_in == "int8")
+    if isinstance(loaded, PeftModel) and loaded.dtype == torch.float32 and load_in == "original":
         loaded = loaded.merge_and_unload()  # the same function in half the operations
     yield HfEngine(unwrap(loaded), tokenizer, asked, max(1, asked.batch_size >> job.rung), job)
 

@@ -64,7 +64,7 @@ def evaluate(
         whole=_whole_json(tokenizer) if config.stop_at_json else None,
     )
     check_lengths(asked, model_config.get_text_config().max_position_embeddings)
-    texts = _texts(config, tokenizer, list(rows.values()), text if gguf is None else None)
+    texts = _texts(config, tokenizer, list(rows.values()), text)
     with _engine(config, model, tokenizer, asked, gguf, job) as engine:
         held = held_to(schema, learnt[:100]) if schema is not None else None
         measured = measure(engine, config, asked, held, texts)
@@ -80,7 +80,8 @@ def evaluate(
     if measured.constrained is not None:
         scores["constrained"] = _constrained(config, rows, tokenizer, measured, judged, keeps)
     _write(config, rows, asked, said, judged, scores, schema, out)
-    format_ = _kind(gguf) if gguf else "nf4" if config.four_bit else str(model_config.dtype).removeprefix("torch.")
+    loaded_in = str(model_config.dtype).removeprefix("torch.") if config.load_in == "original" else config.load_in
+    format_ = _kind(gguf) if gguf else loaded_in
     return _report(scores, measured, _bytes(model, gguf, measured), format_)
 
 
@@ -94,7 +95,7 @@ def _engine(
 ) -> AbstractContextManager[Engine]:
     if gguf is not None:
         return llama_engine(gguf / "model.gguf", asked, job)
-    return hf_engine(model, tokenizer, asked, config.four_bit, job)
+    return hf_engine(model, tokenizer, asked, config.load_in, job)
 
 
 def _trains(dataset: Path) -> bool:
@@ -121,7 +122,7 @@ def _whole_json(tokenizer: PreTrainedTokenizerBase) -> Whole:
 def _texts(
     config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, rows: list[Row], text: Path | None
 ) -> dict[str, Any]:
-    """What perplexity is measured on. llama.cpp reads no general text: a file forgets nothing that its model knew."""
+    """What perplexity is measured on, by name."""
     found: dict[str, list[Text]] = {}
     if config.perplexity_rows:
         found["held_out"] = answers(tokenizer, [rows[place] for place in spread(len(rows), config.perplexity_rows)])
@@ -164,10 +165,10 @@ def _values(scores: dict[str, Any]) -> dict[str, Any]:
 
 
 def _bytes(model: ModelDir, gguf: Path | None, measured: Measured) -> int:
-    """Bytes of the weights: the GGUF file, or the safetensors of base and adapter, or what 4 bits left of them."""
+    """Bytes of the weights: the GGUF file, the safetensors of base and adapter, or what 4 or 8 bits left of them."""
     if gguf is not None:
         return (gguf / "model.gguf").stat().st_size
-    if "nf4" in measured.statistics["stored_as"]:
+    if {"nf4", "int8"} & measured.statistics["stored_as"].keys():
         return int(measured.statistics["stored_bytes"])
     directories = [directory for directory in model if directory is not None]
     return sum(path.stat().st_size for directory in directories for path in directory.glob("*.safetensors"))

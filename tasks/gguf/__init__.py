@@ -33,6 +33,11 @@ class GgufConfig(StageConfig):
     overrides: dict[str, Type] = {}
     """Types of single tensors: a regular expression that is searched in llama.cpp's tensor names, and a type. The
     first that matches wins: `{"ffn_down": "Q6_K", "blk\\\\.0\\\\.": "Q8_0"}`."""
+    sensitive: Literal["recommend", "raise"] = "recommend"
+    """What is done with the tensors that the outliers stage's verdict calls sensitive: the plan names better types for
+    them, or the file gets these."""
+    sensitive_percent: float = Field(default=5.0, ge=0, le=100)
+    """How much larger better types for sensitive tensors may make the file, where `budget_mb` does not say it."""
     imatrix: bool = True
     """Weigh rounding errors by the importance matrix when the outliers stage made one."""
     name: str = Field(default="stillhouse", min_length=1)

@@ -1,14 +1,15 @@
-"""Which kind: the user's, or under `auto` the best for a budget; and what the outliers stage's verdict says of it."""
+"""Which kind and types: the user's, or the best for a budget, with or without the tensors raised that are sensitive."""
 
-import json
+import re
 from pathlib import Path
-from typing import Any
 
 from tasks.core.errors import BadConfig
 from tasks.gguf import GgufConfig
 from tasks.gguf.convert import Conversion
 from tasks.gguf.kinds import NEED_IMATRIX
-from tasks.gguf.plan import Plan, require_imatrix
+from tasks.gguf.plan import Plan, Skeleton, make_plan, require_imatrix
+from tasks.gguf.sensitive import raises
+from tasks.gguf.verdict import verdict_errors
 
 LADDER = (
     "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q4_0", "Q3_K_M", "IQ3_M", "Q3_K_S",
@@ -16,8 +17,14 @@ LADDER = (
 )  # fmt: skip
 
 
-def candidates(config: GgufConfig, conversion: Conversion, texts: dict[str, str], imatrix: Path | None) -> list[Plan]:
-    """Plans to try in turn; one, unless the kind is `auto`.
+def candidates(
+    config: GgufConfig,
+    conversion: Conversion,
+    texts: dict[str, str],
+    imatrix: Path | None,
+    outliers: Path | None = None,
+) -> list[Plan]:
+    """Plans to try in turn; one, unless the kind is `auto`. Each has the verdict's advice, or has followed it.
 
     Raises BadConfig when none fits `budget_mb`, ValueError for a kind that needs an importance matrix.
     """
@@ -43,24 +50,32 @@ def candidates(config: GgufConfig, conversion: Conversion, texts: dict[str, str]
         )
     by_quality = config.max_mean_kl is not None or config.min_top1 is not None
     fitting.sort(key=lambda plan: plan.bytes, reverse=not by_quality)
-    return fitting if by_quality else fitting[:1]
+    chosen = fitting if by_quality else fitting[:1]
+    chosen = [advised(config, plan, conversion.skeleton, outliers) for plan in chosen]
+    if config.sensitive == "recommend":
+        return chosen
+    followed = [raised(plan, conversion.skeleton) for plan in chosen]
+    if config.kind != "auto" or not by_quality:
+        return followed
+    both = {tuple(tensor.type for tensor in plan.tensors): plan for plan in [*followed, *chosen]}
+    return sorted(both.values(), key=lambda plan: plan.bytes)
 
 
-def verdict_warnings(kind: str, outliers: Path | None) -> list[str]:
-    """What the outliers stage's verdict says against serving this kind; of an F16 file also what nobody measured."""
-    file = outliers / "verdict.json" if outliers else None
-    if file is None or not file.is_file():
-        unseen = "F16: Gemma 3's activations can pass float16's 65504, which nobody looked at here: give --outliers DIR"
-        return [unseen] if kind == "F16" else []
-    verdict: Any = json.loads(file.read_text())
-    targets = verdict["models"][verdict["focus"]]["targets"]
-    where = {"gguf_cpu": "llama.cpp on a CPU", "gguf_fp16": "a backend that multiplies in float16"}
-    if kind == "F16":
-        where["fp16"] = "float16"
-    found = []
-    for target, name in where.items():
-        said = targets.get(target, {"verdict": "unknown", "because": [], "do": []})
-        if said["verdict"] in ("risky", "unsafe"):
-            because, do = "; ".join(said["because"]), "; ".join(said["do"])
-            found.append(f"{verdict['focus']} is {said['verdict']} on {name}: {because}{'. ' + do if do else ''}")
-    return found
+def advised(config: GgufConfig, plan: Plan, skeleton: Skeleton, outliers: Path | None) -> Plan:
+    """The plan with better types for tensors that the verdict calls sensitive: what `budget_mb` has left buys, or else
+    `sensitive_percent` of the file. Tensors that the config names itself are left alone."""
+    errors = verdict_errors(outliers, skeleton.architecture, skeleton.layers)
+    named = [tensor for tensor in plan.tensors if not any(re.search(one, tensor.name) for one in config.overrides)]
+    spare = plan.bytes * config.sensitive_percent / 100
+    if config.budget_mb is not None:
+        spare = config.budget_mb * 1e6 - plan.bytes
+    return plan._replace(advice=tuple(raises([(one.name, one.type, one.shape) for one in named], errors, spare)))
+
+
+def raised(plan: Plan, skeleton: Skeleton) -> Plan:
+    """The plan that follows its advice."""
+    if not plan.advice:
+        return plan
+    overrides = (*plan.wanted.overrides, *(step.override for step in plan.advice))
+    followed = make_plan(skeleton, plan.wanted._replace(overrides=overrides), plan.texts, plan.imatrix)
+    return followed._replace(advice=plan.advice, raised=True)

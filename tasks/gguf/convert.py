@@ -8,6 +8,7 @@ with converting(model_dir, "stillhouse", job) as conversion:
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
+from tasks.engine.ggml_types import FLOATS
 from tasks.engine.llama import last_words, llama_environment
 from tasks.gguf.hf import stage, stored_type
-from tasks.gguf.kinds import FLOATS
 from tasks.gguf.mixture import Wanted
 from tasks.gguf.plan import Plan, Skeleton, make_plan
 
@@ -28,13 +29,20 @@ class Conversion:
     def __init__(self, child: "subprocess.Popen[str]", what: str, stored: str, log: Path, job: Job) -> None:
         self._child, self._what, self._log, self._job = child, what, log, job
         self.skeleton = skeleton_of(self._hear(), stored)
+        self.seconds, self.peak_bytes = 0.0, 0
 
     def write(self, plan: Plan, target: Path) -> None:
-        """Writes `target` as planned. Raises BadConfig with what was wrong."""
+        """Writes `target` as planned; `seconds` and `peak_bytes` (the child's memory) are then this file's.
+
+        Raises BadConfig with what was wrong.
+        """
+        start = time.monotonic()
         self._tell(order_of(plan, target))
         for _ in plan.tensors:
             told = self._hear()
             self._job.progress(told["done"], told["total"], "tensors", plan.wanted.kind)
+            self.peak_bytes = told.get("peak_bytes", 0)
+        self.seconds = time.monotonic() - start
 
     def plan(self, wanted: Wanted, texts: dict[str, str] | None = None, imatrix: Path | None = None) -> Plan:
         """What `write` will do; `texts` are metadata to set."""

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.core.errors import StageError
-from tasks.gguf.ggml import Bytes, prepare, to_type
+from tasks.engine.ggml import Bytes, prepare, to_type
+from tasks.engine.ggml_types import TYPES
 from tasks.gguf.header import Header, TensorInfo, pack_text, pack_uint32, padding, read_header, write_header
 from tasks.gguf.imatrix import Imatrix, read_imatrix
-from tasks.gguf.kinds import KINDS, TYPES
-from tasks.gguf.mixture import EMBEDDINGS, layer_order
+from tasks.gguf.kinds import KINDS
+from tasks.gguf.roles import EMBEDDINGS, layer_order
 from tasks.gguf.values import Place, Source
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -76,7 +77,14 @@ def write(model: Model, order: dict[str, Any], say: Callable[..., None]) -> None
             file.write(padding(infos[i].bytes))
             if i + 1 < len(names):
                 say(done=i + 1, total=len(names))
-    say(done=len(names), total=len(names))  # when the file is closed
+    say(done=len(names), total=len(names), peak_bytes=_peak_bytes())  # when the file is closed
+
+
+def _peak_bytes() -> int:
+    """This process's largest resident size. Not ru_maxrss: that begins with the size of the process that started it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _encoded(source: Source, type_: str, imatrix: Imatrix | None, pool: ThreadPoolExecutor) -> Iterator[Bytes]:

@@ -1,10 +1,11 @@
 """The plan: what every tensor of a kind becomes and how many bytes the file will have, before anything is written.
 
 python -m tasks.gguf.plan MODEL_DIR [--kinds Q8_0 Q4_K_M] [--embedding-type Q4_0] [--output-type Q6_K]
+    [--outliers DIR] [--budget-mb 120]
 """
 
 import argparse
-import math
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -13,10 +14,14 @@ from typing import Any, NamedTuple
 
 from tasks.core.errors import StageError
 from tasks.core.job import Job
+from tasks.engine.ggml_types import FLOATS, TYPES, tensor_bytes
+from tasks.gguf import GgufConfig
 from tasks.gguf.header import TensorInfo, file_bytes, pack_text, pack_uint32
 from tasks.gguf.imatrix import read_imatrix
-from tasks.gguf.kinds import FLOATS, KINDS, NEED_IMATRIX, TYPES, tensor_bytes
-from tasks.gguf.mixture import Wanted, choose, layer_order, role
+from tasks.gguf.kinds import KINDS, NEED_IMATRIX
+from tasks.gguf.mixture import Wanted, choose
+from tasks.gguf.roles import layer_order, role
+from tasks.gguf.sensitive import Raise, sentence
 
 
 class Skeleton(NamedTuple):
@@ -60,13 +65,18 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A file before it is written: its tensors in their order, and its size in bytes."""
+    """A file before it is written: its tensors in their order, and its size in bytes.
+
+    `advice` are better types for tensors that the outliers stage calls sensitive; where `raised` they are in `tensors`.
+    """
 
     wanted: Wanted
     tensors: list[Planned]
     bytes: int
     texts: dict[str, str]
     imatrix: Path | None = None
+    advice: tuple[Raise, ...] = ()
+    raised: bool = False
 
     @property
     def fell_back(self) -> list[Planned]:
@@ -91,6 +101,8 @@ class Plan(NamedTuple):
         """The plan as a person reads it."""
         types = ", ".join(f"{count} {name}" for name, count in self.types.items())
         head = f"{self.wanted.kind}: {self.bytes / 1e6:.1f} MB; {types}"
+        if self.advice and self.raised:
+            head += f"; sensitive tensors raised: {sentence(self.advice)}"
         if not self.fell_back:
             return f"{head}; no tensor falls back"
         rows = ", ".join(map(str, sorted({tensor.shape[0] for tensor in self.fell_back})))
@@ -143,37 +155,11 @@ def all_sizes(skeleton: Skeleton, kinds: list[str], **options: Any) -> list[Plan
     return sorted(plans, key=lambda plan: -plan.bytes)
 
 
-def markdown(plans: list[Plan]) -> str:
-    """A table of kinds: megabytes, bytes, bits a weight, types, what falls back, and whether it needs an imatrix."""
-    lines = ["| kind | MB | bytes | bits a weight | tensors | fall back | |", "|---|---|---|---|---|---|---|"]
-    for plan in plans:
-        weights = sum(math.prod(tensor.shape) for tensor in plan.tensors)
-        types = ", ".join(f"{count} {name}" for name, count in plan.types.items())
-        needs = "needs an imatrix" if plan.wanted.kind in NEED_IMATRIX or plan.needs_imatrix else ""
-        numbers = f"{plan.bytes / 1e6:.1f} | {plan.bytes} | {8 * plan.bytes / weights:.2f}"
-        lines.append(f"| {plan.wanted.kind} | {numbers} | {types} | {len(plan.fell_back)} | {needs} |")
-    return "\n".join(lines)
-
-
-def tensors_markdown(plan: Plan) -> str:
-    """A table of the tensors, those of a layer as one line with the layers that are alike."""
-    alike: dict[tuple[Any, ...], list[str]] = {}
-    for tensor in plan.tensors:
-        layer, _, rest = tensor.name.removeprefix("blk.").partition(".")
-        own = (f"blk.*.{rest}", layer) if tensor.name.startswith("blk.") else (tensor.name, "")
-        key = (own[0], tensor.shape, tensor.source, tensor.asked, tensor.type, tensor.bytes)
-        alike.setdefault(key, []).append(own[1])
-    lines = ["| tensor | layers | shape | from | asked | becomes | bytes each |", "|---|---|---|---|---|---|---|"]
-    for (name, shape, source, asked, type_, size), layers in alike.items():
-        shown = "all" if len(layers) == max(map(len, alike.values())) > 1 else ", ".join(layers)
-        becomes = f"**{type_}**" if asked != type_ else type_
-        lines.append(f"| {name} | {shown} | {' x '.join(map(str, shape))} | {source} | {asked} | {becomes} | {size} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Prints the size of the file that each kind makes of a model, to the byte but for this project's provenance."""
-    from tasks.gguf.convert import converting  # noqa: PLC0415 - which needs this module
+    from tasks.gguf.choice import advised  # noqa: PLC0415 - which need this module
+    from tasks.gguf.convert import converting  # noqa: PLC0415
+    from tasks.gguf.page import markdown, tensors_markdown  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", type=Path, help="a model directory in Hugging Face's layout, or a 16-bit GGUF")
@@ -182,15 +168,23 @@ def main() -> None:
     parser.add_argument("--output-type", choices=list(TYPES), metavar="TYPE")
     parser.add_argument("--tensors", action="store_true", help="what becomes of every tensor, too")
     parser.add_argument("--name", default="stillhouse", help="general.name, which is in the file")
+    parser.add_argument("--outliers", type=Path, metavar="DIR", help="that stage's output: which tensors to raise")
+    parser.add_argument("--budget-mb", type=float, metavar="MB", help="what they may fill; else 5 percent more")
     arguments = parser.parse_args()
     options = {"embedding_type": arguments.embedding_type, "output_type": arguments.output_type}
     with tempfile.TemporaryDirectory() as work:
         try:
             with converting(arguments.model, arguments.name, Job(Path(work))) as conversion:
                 plans = all_sizes(conversion.skeleton, arguments.kinds, **options)
+                config = GgufConfig(kind="Q8_0", budget_mb=arguments.budget_mb)
+                plans = [advised(config, plan, conversion.skeleton, arguments.outliers) for plan in plans]
         except StageError as error:
             sys.exit(f"plan: {error}")
     print(markdown(plans))
+    for plan in plans:
+        if plan.advice:
+            print(f"\n{plan.wanted.kind}, raised by the verdict: {sentence(plan.advice)}")
+            print(f"  overrides: {json.dumps(dict(step.override for step in plan.advice))}")
     if arguments.tensors:
         print(*(f"\n{plan.wanted.kind}\n\n{tensors_markdown(plan)}" for plan in plans), sep="\n")
 

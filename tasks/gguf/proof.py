@@ -10,10 +10,11 @@ from tasks.core.refs import ModelDir
 from tasks.engine.agreement import Agreement, answer_start, held_out
 from tasks.engine.chat import IGNORE, Example, encode, prompt_ids
 from tasks.engine.llama import LlamaInput, llama_logits
-from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.llama_server import llama_server
+from tasks.engine.load import load_tokenizer
 from tasks.engine.remembered import Remembered
+from tasks.engine.text_half import load_text
 from tasks.gguf import GgufConfig
-from tasks.gguf.server import llama_server
 
 # (largest mean KL, smallest top-1 agreement): generous where the format is coarse, for models of a few million
 # parameters lose more than large ones; the numbers are always reported.
@@ -75,7 +76,7 @@ class Proof:
         inputs = self._inputs()
         if self._reference is None:
             examples = [Example(one.input_ids, [IGNORE] * one.start + one.input_ids[one.start :]) for one in inputs]
-            self._reference = Remembered(load_model(ModelDir(self._model), "float32"), examples)
+            self._reference = Remembered(load_text(ModelDir(self._model), "float32"), examples)
         agreement, other_ids = Agreement(), []
         for i, output in enumerate(llama_logits(gguf, inputs, self._job.work / "llama.log")):
             if not _same_ids(output.ids, inputs[i].input_ids):

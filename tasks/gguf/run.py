@@ -1,7 +1,6 @@
 """Writes `model.gguf` in one of llama.cpp's types and shows that llama.cpp with it says what the model says.
 
-python -m tasks.gguf.run config.json --model DIR --out DIR [--dataset DIR] [--source DIR_WITH_BF16_GGUF]
-    [--outliers DIR_WITH_IMATRIX]
+python -m tasks.gguf.run config.json --model DIR --out DIR [--dataset DIR] [--outliers DIR]
 """
 
 import json
@@ -13,17 +12,21 @@ from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.engine.agreement import Agreement
+from tasks.engine.ggml_types import FLOATS
 from tasks.gguf import GgufConfig
-from tasks.gguf.choice import candidates, verdict_warnings
+from tasks.gguf.choice import candidates
 from tasks.gguf.convert import Conversion, converting
 from tasks.gguf.header import read_header
-from tasks.gguf.hf import stored_type
 from tasks.gguf.imatrix import FILE
-from tasks.gguf.kinds import FLOATS, KINDS
+from tasks.gguf.kinds import KINDS
 from tasks.gguf.metadata import origin
-from tasks.gguf.plan import Plan, all_sizes, markdown, tensors_markdown
+from tasks.gguf.page import markdown, tensors_markdown
+from tasks.gguf.plan import Plan, all_sizes
 from tasks.gguf.proof import Proof, budget
+from tasks.gguf.sensitive import markdown as sensitive_markdown
+from tasks.gguf.sensitive import sentence
 from tasks.gguf.serve import write_recipes
+from tasks.gguf.verdict import verdict_warnings
 
 
 def convert(
@@ -32,10 +35,9 @@ def convert(
     out: Path,
     job: Job,
     dataset: Path | None = None,
-    source: Path | None = None,
     outliers: Path | None = None,
 ) -> Report:
-    """`source` holds the same model's BF16 `model.gguf` and saves converting it again; `outliers` an imatrix.gguf.
+    """`outliers` is that stage's output for this model: its importance matrix and its verdict.
 
     Without a dataset the proof reads a few texts of its own. Raises GateFailed with the numbers.
     """
@@ -43,11 +45,10 @@ def convert(
         raise BadConfig(f"{model} is not merged: llama.cpp converts whole models, so run the merge stage first")
     warnings: list[str] = []
     imatrix = _imatrix(config, outliers, warnings)
-    begin = _source(config, model.base, source, warnings)
     texts = origin(config, model.base, dataset) | {"general.name": config.name}
     proof = Proof(config, model.base, dataset, job)
-    with converting(begin, config.name, job) as conversion:
-        plans = candidates(config, conversion, texts, imatrix)
+    with converting(model.base, config.name, job) as conversion:
+        plans = candidates(config, conversion, texts, imatrix, outliers)
         _write_plan(config, plans[0], conversion, out / "report")
         plan, agreement = _first_that_passes(config, plans, conversion, proof, out / "model.gguf", job)
     what = "held-out rows" if dataset else "built-in texts"
@@ -59,10 +60,16 @@ def convert(
     }  # fmt: skip
     return Report(
         facts=facts,
-        metrics={**agreement.metrics(), "bytes": plan.bytes, "fell_back": len(plan.fell_back)},
+        metrics={
+            **agreement.metrics(), "bytes": plan.bytes, "fell_back": len(plan.fell_back),
+            "conversion_seconds": conversion.seconds, "conversion_peak_bytes": conversion.peak_bytes,
+        },
         warnings=warnings,
-        details={"plan": plan.sentence(), "tensors": plan.table(), "types": plan.types, "proof": proof.details},
-    )
+        details={
+            "plan": plan.sentence(), "tensors": plan.table(), "types": plan.types, "proof": proof.details,
+            "sensitive": [step._asdict() for step in plan.advice], "raised": plan.raised,
+        },
+    )  # fmt: skip
 
 
 def _first_that_passes(
@@ -71,6 +78,8 @@ def _first_that_passes(
     """Writes and proves one plan after the other; the last one's failure is the stage's."""
     for i, plan in enumerate(plans):
         job.log(plan.sentence())
+        if plan.advice and not plan.raised:
+            job.log(f"the verdict would raise {sentence(plan.advice)}: set sensitive to raise")
         conversion.write(plan, target)
         _check_written(plan, target)
         agreement = proof(target)
@@ -102,28 +111,18 @@ def _imatrix(config: GgufConfig, outliers: Path | None, warnings: list[str]) -> 
     return outliers / FILE
 
 
-def _source(config: GgufConfig, model: Path, source: Path | None, warnings: list[str]) -> Path:
-    """What is read: the BF16 file where it holds what the model holds, else the model."""
-    if source is None:
-        return model
-    if not (source / "model.gguf").is_file():
-        raise BadConfig(f"{source} holds no model.gguf: give the output of this stage with kind BF16, or no source")
-    if config.kind in FLOATS:
-        warnings.append(f"source is ignored: {config.kind} is made from the model itself")
-        return model
-    if stored_type(model) != "BF16":
-        warnings.append(f"source is ignored: the model is stored in {stored_type(model)}, which BF16 would round")
-        return model
-    return source / "model.gguf"
-
-
 def _write_plan(config: GgufConfig, plan: Plan, conversion: Conversion, report: Path) -> None:
     report.mkdir(parents=True, exist_ok=True)
-    rows = {"kind": plan.wanted.kind, "bytes": plan.bytes, "types": plan.types, "tensors": plan.table()}
+    rows = {
+        "kind": plan.wanted.kind, "bytes": plan.bytes, "types": plan.types, "tensors": plan.table(),
+        "sensitive": [step._asdict() for step in plan.advice], "raised": plan.raised,
+    }  # fmt: skip
     (report / "plan.json").write_text(json.dumps(rows, indent=1))
     options = {"embedding_type": config.embedding_type, "output_type": config.output_type}
     sizes = markdown(all_sizes(conversion.skeleton, list(KINDS), **options))
-    parts = [f"# {plan.sentence()}", tensors_markdown(plan), "## Other kinds of this model", sizes]
+    parts = [f"# {plan.sentence()}", tensors_markdown(plan)]
+    parts += ["## Sensitive tensors", sensitive_markdown(plan.advice, plan.raised)] if plan.advice else []
+    parts += ["## Other kinds of this model", sizes]
     (report / "plan.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 

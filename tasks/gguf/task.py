@@ -13,18 +13,10 @@ def convert(
     config: GgufConfig,
     model: ModelRef,
     dataset: DatasetRef | None,
-    source: GgufRef | None = None,
     outliers: ReportRef | None = None,
 ) -> GgufRef:
-    """One GGUF file of `model`, proven in llama.cpp.
-
-    `source` is its BF16 file, to quantize from; `outliers` the audit whose importance matrix weighs the rounding.
-    """
+    """One GGUF file of `model`, proven in llama.cpp; `outliers` is the audit whose importance matrix weighs the
+    rounding, and whose verdict names sensitive tensors."""
     floats = config.kind in ("F32", "F16", "BF16")
-    inputs = {
-        "model": model,
-        "dataset": dataset,
-        "source": None if floats else source,
-        "outliers": None if floats else outliers,
-    }
+    inputs = {"model": model, "dataset": dataset, "outliers": None if floats else outliers}
     return run_stage("gguf", config, inputs, GgufRef, f"gguf {config.kind}")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tasks.core.errors import Corrupted
-from tasks.gguf.ggml import Bytes, Floats, to_floats
-from tasks.gguf.kinds import TYPES
+from tasks.engine.ggml import Bytes, Floats, to_floats
+from tasks.engine.ggml_types import TYPES
 
 PIECE = 1 << 20
 """Values in a piece: 4 MiB in float32, for each thread."""

@@ -17,11 +17,12 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.engine.agreement import Agreement, held_out
 from tasks.engine.chat import encode
-from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.load import load_tokenizer
 from tasks.engine.packed import unpacked
 from tasks.engine.remembered import Remembered
 from tasks.engine.rescale import clipped, rescaled
 from tasks.engine.stored import stored_tensors
+from tasks.engine.text_half import adapter_keys, load_text
 from tasks.engine.weights import Weight, weights, write_safetensors
 from tasks.merge import MergeConfig
 
@@ -145,7 +146,7 @@ def compare(config: MergeConfig, model: ModelDir, more: list[Added], dataset: Pa
     examples = [encode(tokenizer, row) for row in held_out(dataset, config.gate_rows)]
     unmerged = Remembered(_unmerged(model, more, config.weight), examples)
     job.progress(1, 2, "models", "unmerged")
-    merged = Remembered(load_model(ModelDir(out), "float32"), examples)
+    merged = Remembered(load_text(ModelDir(out), "float32"), examples)
     merged.share_head(unmerged)
     agreement = Agreement()
     for i in range(len(examples)):
@@ -159,10 +160,10 @@ def _unmerged(model: ModelDir, more: list[Added], weight: float) -> Any:
     given = [Added("default", model.adapter, weight)] if model.adapter else []
     given += more
     first = given[0].directory if given else None
-    loaded: Any = load_model(ModelDir(model.base, first), "float32")
+    loaded: Any = load_text(ModelDir(model.base, first), "float32")
     names = ["default", *(f"more_{one.name}" for one in given[1:])][: len(given)]
     for name, one in list(zip(names, given, strict=True))[1:]:
-        loaded.load_adapter(one.directory, name)
+        loaded.load_adapter(one.directory, name, key_mapping=adapter_keys(model))
     if len(names) > 1:
         loaded.base_model.set_adapter(names)
     for name, one in zip(names, given, strict=True):

@@ -16,7 +16,7 @@ class OutlierConfig(StageConfig):
     """A norm whose largest gain (the value that multiplies) reaches this is named in the verdict."""
     top: int = Field(default=15, ge=1, le=1000)
     """Rows in each of the report's tables; `weights.json` always has every tensor."""
-    sample_values: int = Field(default=65_536, ge=0)
+    sample_values: int = Field(default=32_768, ge=0)
     """Values of each matrix on which the error of each format is measured, in rows spread over it; 0 for none."""
     focus: str = "student"
     """The model to deliver: its importance matrix is written. Without one of this name it is the last one given."""

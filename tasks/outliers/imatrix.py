@@ -9,9 +9,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tasks.outliers.activations import Activations
+from tasks.engine.ggml_names import tensor_names
+from tasks.outliers.seen import Activations
 
-ARCHITECTURES = {"gemma3_text": "gemma3", "gemma3n_text": "gemma3n"}  # where llama.cpp's name is not transformers'
 CHUNK = 512  # llama-imatrix's unit; only for show here, since rows are not cut into chunks
 
 
@@ -43,19 +43,3 @@ def write_imatrix(path: Path, seen: Activations, model_type: str, layers: int, d
     writer.write_tensors_to_file()
     writer.close()
     return names
-
-
-def tensor_names(modules: list[str], model_type: str, layers: int) -> dict[str, str]:
-    """llama.cpp's `blk.0.attn_q.weight` for `model.layers.0.self_attn.q_proj`, where it has one."""
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    arch = known.get(ARCHITECTURES.get(model_type, model_type))
-    if arch is None:
-        return {}
-    table = gguf.get_tensor_name_map(arch, layers)
-    found = {}
-    for module in modules:
-        plain = module.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
-        tensor = table.get_name(plain)
-        if tensor is not None and tensor.startswith("blk."):
-            found[module] = f"{tensor}.weight"
-    return found

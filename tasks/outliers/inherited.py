@@ -5,10 +5,15 @@ from typing import Any
 from tasks.core.refs import ModelDir
 from tasks.engine.stored import stored_tensors
 from tasks.engine.weights import Weight, weights
+from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
+
+Numbers = dict[str, Any]
+AMPLIFIED = 1.1  # times the base's
 
 
 def bases(models: dict[str, ModelDir]) -> dict[str, ModelDir]:
-    """Each model's base: an adapter's own, else the first model named before it with the same tensors and shapes."""
+    """Each model's base: an adapter's own, else the first model named before it all of whose tensors it has, in
+    their shapes (an untied copy has a head besides)."""
     found: dict[str, ModelDir] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, model in models.items():
@@ -16,7 +21,7 @@ def bases(models: dict[str, ModelDir]) -> dict[str, ModelDir]:
         if model.adapter is not None:
             found[name] = ModelDir(model.base)
         else:
-            twin = next((earlier for earlier, theirs in shapes.items() if theirs == mine), None)
+            twin = next((earlier for earlier, theirs in shapes.items() if theirs.items() <= mine.items()), None)
             if twin is not None:
                 found[name] = models[twin]
         shapes[name] = mine
@@ -28,7 +33,7 @@ def base_weights(base: ModelDir) -> dict[str, Weight]:
     return {weight.name: weight for weight in weights(base)}
 
 
-def change(weight: Weight, base: Weight) -> dict[str, Any]:
+def change(weight: Weight, base: Weight) -> Numbers:
     """Largest absolute and relative root-mean-square difference from the base's tensor, NaN and infinity left out."""
     same_bytes = not weight.changed and not base.changed and weight.stored == base.stored
     if same_bytes:
@@ -45,7 +50,7 @@ def change(weight: Weight, base: Weight) -> dict[str, Any]:
     return {"changed": changed or largest > 0, "max_change": largest, "relative_change": relative}
 
 
-def sentences(name: str, tensors: list[dict[str, Any]], large_gain: float) -> list[str]:
+def sentences(name: str, tensors: list[Numbers], large_gain: float) -> list[str]:
     """What a person should know of one model, worst first; every sentence from the numbers in `tensors`."""
     told = []
     for problem, what in (("nan", "NaN"), ("inf", "infinite values")):
@@ -56,10 +61,10 @@ def sentences(name: str, tensors: list[dict[str, Any]], large_gain: float) -> li
     norms = [tensor for tensor in tensors if "gain" in tensor]
     if norms:
         told.append(_about_norms(name, norms, large_gain))
-    if any("changed" in tensor for tensor in tensors):
-        changed = [tensor for tensor in tensors if tensor.get("changed")]
-        same = len(tensors) - len(changed)
-        told.append(f"{name} changed {len(changed)} of {len(tensors)} tensors and inherited {same} from its base")
+    if compared := [tensor for tensor in tensors if "changed" in tensor]:
+        changed = sum(tensor["changed"] for tensor in compared)
+        same = len(compared) - changed
+        told.append(f"{name} changed {changed} of {len(tensors)} tensors and inherited {same} from its base")
     large = [tensor for tensor in tensors if tensor["float16_headroom"] and tensor["float16_headroom"] < 1]
     if large:
         told.append(f"{name} has weights beyond float16's 65504 ({large[0]['tensor']}): store it in bfloat16")
@@ -73,18 +78,55 @@ def sentences(name: str, tensors: list[dict[str, Any]], large_gain: float) -> li
     return told
 
 
-def stream_sentences(origins: dict[str, str], observed: dict[str, dict[str, Any]]) -> list[str]:
-    """How far each model's residual stream reaches, beside its base's on the same rows; `origins` are names."""
-    told = []
-    for name, seen in observed.items():
-        told.append(f"{name}'s residual stream reaches {seen['stream_peak']:.4g} on {seen['rows']} rows")
-        if origins.get(name) in observed:
-            before = observed[origins[name]]["stream_peak"]
-            told[-1] += f", its base's {before:.4g} ({seen['stream_peak'] / before - 1:+.1%})"
-    return told
+def growth(
+    base: str, tensors: list[Numbers], theirs: list[Numbers], seen: Numbers | None, before: Numbers | None
+) -> Numbers:
+    """How the outliers of a model compare with its base's: largest gain, largest weight, and the stream's peak where
+    both ran over rows. `amplified` when one of them grew by more than a tenth."""
+    now, then = (
+        {"largest_gain": _largest_gain(one), "largest_weight": max(tensor["max"] for tensor in one)}
+        for one in (tensors, theirs)
+    )
+    if seen and before:
+        now["stream_peak"], then["stream_peak"] = seen["stream_peak"], before["stream_peak"]
+    ratios = {what: value / then[what] if then[what] else 1.0 for what, value in now.items()}
+    return {"base": base, "before": then, "now": now, "ratios": ratios, "amplified": max(ratios.values()) > AMPLIFIED}
 
 
-def _about_norms(name: str, norms: list[dict[str, Any]], large_gain: float) -> str:
+def grew(ratio: float) -> str:
+    """In percent, or as a factor from twice the size on."""
+    return f"{ratio - 1:+.1%}" if ratio < 2 else f"{ratio:.4g} times"
+
+
+def growth_sentence(name: str, grown: Numbers) -> str:
+    """Whether training made outliers larger, with every number."""
+    what = {"largest_gain": "largest norm gain", "largest_weight": "largest weight", "stream_peak": "residual stream"}
+    numbers = ", ".join(
+        f"{what[key]} {grown['before'][key]:.4g} to {grown['now'][key]:.4g} ({grew(ratio)})"
+        for key, ratio in grown["ratios"].items()
+    )
+    did = "amplified" if grown["amplified"] else "did not amplify"
+    return f"{name} {did} the outliers of its base {grown['base']}: {numbers}"
+
+
+def stream_sentences(observed: dict[str, Numbers]) -> list[str]:
+    """How far each model's residual stream reaches, and whether small floats can hold it."""
+    return [
+        f"{name}'s residual stream reaches {(peak := seen['stream_peak']):.4g} on {seen['rows']} rows: "
+        f"float16 {_room(FLOAT16_MAX / peak)}, float8 (e4m3) {_room(FLOAT8_MAX / peak)}"
+        for name, seen in observed.items()
+    ]
+
+
+def _room(times: float) -> str:
+    return f"has room for {times:.3g}x that" if times >= 1 else f"ends at {times:.2g} of it"
+
+
+def _largest_gain(tensors: list[Numbers]) -> float:
+    return max((one["gain"]["max"] for one in tensors if "gain" in one), default=0.0)
+
+
+def _about_norms(name: str, norms: list[Numbers], large_gain: float) -> str:
     top = max(norms, key=lambda tensor: tensor["gain"]["max"])
     largest = top["gain"]["max"]
     start = f"{name}'s largest norm gain {largest:.1f} ({top['tensor']})"

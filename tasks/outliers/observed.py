@@ -13,12 +13,14 @@ from tasks.core.refs import ModelDir
 from tasks.core.rows import read_rows
 from tasks.engine.agreement import held_out
 from tasks.engine.chat import encode
-from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.load import load_tokenizer
+from tasks.engine.text_half import load_text
 from tasks.outliers import OutlierConfig
-from tasks.outliers.activations import Activations, Channels, Peak, observe
+from tasks.outliers.activations import observe
 from tasks.outliers.imatrix import write_imatrix
+from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX, rescale_needed
+from tasks.outliers.seen import Activations, Channels, Layer, Peak
 from tasks.outliers.simulate import Outcome, simulate
-from tasks.outliers.targets import rescale_needed
 
 Numbers = dict[str, Any]
 
@@ -37,7 +39,7 @@ def observe_model(
     """Runs one model over the rows; the focus gets `imatrix.gguf`. An adapter is merged in memory first."""
     tried = config.measure == "all" or (focus and config.measure == "focus")
     device = "cpu" if job.rung else None  # an out-of-memory error before: slower, but there is room
-    loaded = load_model(model, "float32" if tried else "auto", device)
+    loaded = load_text(model, "float32" if tried else "auto", device)
     if isinstance(loaded, PeftModel):
         loaded = loaded.merge_and_unload()
     tokenizer = load_tokenizer(model)
@@ -88,6 +90,7 @@ def summarize(seen: Activations, tokenizer: PreTrainedTokenizerBase) -> Numbers:
                 "layer": number,
                 "middle": place(layer.middle),
                 "output": place(layer.output),
+                **_headroom(layer),
                 "sink_mass": layer.sink_mass,
                 "sink_norm": layer.sink_norm,
             }
@@ -105,6 +108,12 @@ def channel_tensors(seen: Activations) -> Any:
         found[f"{name}.max"] = channels.maxima.contiguous()
         found[f"{name}.mean_square"] = channels.mean_squares.float().contiguous()
     return found
+
+
+def _headroom(layer: Layer) -> dict[str, float]:
+    """How many times its peak each small float could still hold; below 1 it cannot."""
+    peak = max(layer.middle.value, layer.output.value, 1e-30)
+    return {"float16_headroom": FLOAT16_MAX / peak, "float8_headroom": FLOAT8_MAX / peak}
 
 
 def _channels(channels: Channels) -> Numbers:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tasks.outliers.targets import FLOAT16_MAX
+from tasks.outliers.inherited import grew
+from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
 Numbers = dict[str, Any]
 
@@ -60,6 +61,7 @@ def layer_rows(seen: Numbers) -> list[Numbers]:
             "layer": one["layer"],
             "peak": peak["value"],
             "float16 has room for": f"{FLOAT16_MAX / max(peak['value'], 1e-9):.3g}x",
+            "float8 (448)": f"{FLOAT8_MAX / max(peak['value'], 1e-9):.3g}x",
             "token": f"`{peak['token']!r}` at {peak['position']}",
             "channel": peak["channel"],
             "attention to the first token": f"{one['sink_mass']:.1%}",
@@ -68,12 +70,32 @@ def layer_rows(seen: Numbers) -> list[Numbers]:
     return rows
 
 
+def growth_rows(judged: dict[str, Numbers]) -> list[Numbers]:
+    """Each model that has its base here: what its outliers were there, what they are, and whether that is more."""
+    rows = []
+    for name, said in judged.items():
+        if "inherited" in said:
+            grown = said["inherited"]
+            row: Numbers = {"model": name, "base": grown["base"]}
+            for what, ratio in grown["ratios"].items():
+                numbers = f"{grown['before'][what]:.4g} to {grown['now'][what]:.4g} ({grew(ratio)})"
+                row[what.replace("_", " ")] = numbers
+            rows.append({**row, "amplified": "yes" if grown["amplified"] else "no"})
+    return rows
+
+
 def page(
-    models: dict[str, list[Numbers]], observed: dict[str, Numbers], verdict: Numbers, told: list[str], top: int
+    models: dict[str, list[Numbers]],
+    observed: dict[str, Numbers],
+    judged: dict[str, Numbers],
+    told: list[str],
+    top: int,
 ) -> str:
     """Markdown: the verdict by target, the pictures, and for each model what stands out."""
     parts = ["# Outliers", "", *[f"- {sentence}" for sentence in told], ""]
-    for name, said in verdict["models"].items():
+    if grown := growth_rows(judged):
+        parts += ["## Inherited or amplified", "", table(grown), ""]
+    for name, said in judged.items():
         parts += [f"## {name}: where it is safe", ""]
         parts += [table([
             {"target": target, "verdict": one["verdict"], **{key: "; ".join(one[key]) for key in ("because", "do")}}

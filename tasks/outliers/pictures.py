@@ -1,16 +1,18 @@
-"""The pictures of the outlier report: gains by layer and as a histogram, layers by tensor, headroom of the stream."""
+"""The pictures of the outlier report: gains by layer and as a histogram, layers by tensor, headroom of the stream.
+
+Figures are laid out by hand and drawn without pyplot: a report costs seconds otherwise.
+"""
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from tasks.engine.norms import layer, role
-from tasks.outliers.targets import FLOAT8_MAX, FLOAT16_MAX
+from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
 Tensors = dict[str, list[dict[str, Any]]]
 Observed = dict[str, dict[str, Any]]
@@ -27,7 +29,8 @@ def draw_all(models: Tensors, observed: Observed, directory: Path) -> None:
 
 def draw_norms(models: Tensors, path: Path) -> None:
     """Largest gain of every norm over the layers, one panel a model, logarithmic."""
-    figure, axes = plt.subplots(1, len(models), figsize=(1 + 6 * len(models), 5), squeeze=False, sharey=True)
+    figure = Figure(figsize=(1 + 6 * len(models), 5))
+    axes = figure.subplots(1, len(models), squeeze=False, sharey=True)
     for axis, (name, tensors) in zip(axes[0], models.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for tensor in tensors:
@@ -36,16 +39,20 @@ def draw_norms(models: Tensors, path: Path) -> None:
                 lines.setdefault(role(tensor["tensor"]), []).append((number, tensor["gain"]["max"]))
         for label, points in sorted(lines.items()):
             axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
-        axis.set(title=f"{name}: largest norm gain by layer", xlabel="layer", ylabel="largest |gain|", yscale="log")
+        axis.set(title=f"{name}: largest norm gain by layer", xlabel="layer")
+        _logarithmic(axis.yaxis)
         axis.grid(alpha=0.3)
         if lines:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="upper left")
+    axes[0][0].set_ylabel("largest |gain|")
+    figure.subplots_adjust(left=0.7 / (1 + 6 * len(models)), right=0.98, bottom=0.12, top=0.92, wspace=0.06)
     _save(figure, path)
 
 
 def draw_gains(models: Tensors, path: Path) -> None:
     """How many gains of all norms lie where, one line a model, both axes logarithmic."""
-    figure, axis = plt.subplots(figsize=(9, 4.5))
+    figure = Figure(figsize=(9, 4.5))
+    axis = figure.subplots()
     edges = np.logspace(-8, 16, 49, base=2)
     for name, tensors in models.items():
         counts = np.sum(
@@ -53,36 +60,46 @@ def draw_gains(models: Tensors, path: Path) -> None:
         )
         axis.stairs(counts, edges, label=name)
     axis.set(title="Gains of all norms", xlabel="|gain|, the value that multiplies", ylabel="channels")
-    axis.set_xscale("log")
+    _logarithmic(axis.xaxis)
     axis.set_yscale("symlog", linthresh=1)
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="upper left")
+    figure.subplots_adjust(left=0.08, right=0.98, bottom=0.12, top=0.92)
     _save(figure, path)
 
 
 def draw_stream(observed: Observed, path: Path) -> None:
     """The largest magnitude in the residual stream by layer, one line a model, against what 16 and 8 bits can hold."""
-    figure, axis = plt.subplots(figsize=(9, 5))
+    figure = Figure(figsize=(9, 5))
+    axis = figure.subplots()
     for name, seen in observed.items():
         peaks = [max(one["middle"]["value"], one["output"]["value"]) for one in seen["layers"]]
         layers = [one["layer"] for one in seen["layers"]]
         axis.plot([-1, *layers], [seen["embedding"]["value"], *peaks], marker="o", markersize=3, label=name)
     axis.axhline(FLOAT16_MAX, color="crimson", linestyle="--", label="float16 ends: 65504")
     axis.axhline(FLOAT8_MAX, color="darkorange", linestyle=":", label="float8 e4m3 ends: 448")
-    axis.set(title="Residual stream: largest magnitude on calibration rows", yscale="log")
+    axis.set(title="Residual stream: largest magnitude on calibration rows")
     axis.set(xlabel="layer (-1: embedding)", ylabel="largest |activation|")
+    _logarithmic(axis.yaxis)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="best")
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.11, top=0.93)
     _save(figure, path)
 
 
 def draw_tensors(models: Tensors, path: Path) -> None:
     """Largest magnitude (left) and relative error of Q4_0 (right) for every matrix in every layer, one row a model."""
-    figure, axes = plt.subplots(len(models), 2, figsize=(15, 1.5 + 4.5 * len(models)), squeeze=False)
+    height = 1.5 + 4.5 * len(models)
+    figure = Figure(figsize=(15, height))
+    axes = figure.subplots(len(models), 2, squeeze=False)
     for row, (name, tensors) in zip(axes, models.items(), strict=True):
         _heat_map(row[0], f"{name}: largest magnitude", {t["tensor"]: t["max"] for t in tensors if len(t["shape"]) > 1})
         errors = {t["tensor"]: t["error"]["q4_0"] for t in tensors if "q4_0" in t.get("error", {})}
         _heat_map(row[1], f"{name}: error of Q4_0 / root mean square", errors)
+    figure.subplots_adjust(
+        left=0.05, right=0.99, bottom=1.1 / height, top=1 - 0.5 / height, wspace=0.08, hspace=1.6 / 4.5
+    )
     _save(figure, path)
 
 
@@ -94,13 +111,20 @@ def _heat_map(axis: Any, title: str, values: dict[str, float]) -> None:
     axis.set(title=title, xlabel="matrix", ylabel="layer")
     if not grid.size:
         return
-    image = axis.imshow(grid, aspect="auto", cmap="magma")
+    image = axis.imshow(grid, aspect="auto", cmap="magma", extent=(-0.5, len(roles) - 0.5, layers[-1] + 0.5, -0.5))
     axis.set_xticks(range(len(roles)), roles, rotation=30, ha="right", fontsize=8)
-    axis.set_yticks(range(len(layers)), layers, fontsize=7)
-    axis.figure.colorbar(image, ax=axis)
+    axis.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axis.figure.colorbar(image, ax=axis, pad=0.02)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic axis without minor ticks, whose labels are most of the work of drawing it."""
+    set_scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    set_scale("log")
+    axis.set_major_locator(LogLocator(numticks=12))
+    axis.set_minor_locator(NullLocator())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
     figure.savefig(path, dpi=100, metadata={"Software": None})  # the same picture from the same numbers, byte for byte
-    plt.close(figure)

@@ -4,32 +4,32 @@ python -m tasks.outliers.run config.json --models base=DIR --models student=BASE
 """
 
 import json
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from math import prod
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
-
-import torch
 
 from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.norms import adds_one, is_norm
-from tasks.engine.weights import Weight, weights
+from tasks.engine.weights import weights
 from tasks.outliers import OutlierConfig
 from tasks.outliers.formats import errors
-from tasks.outliers.inherited import base_weights, bases, change, sentences, stream_sentences
+from tasks.outliers.inherited import (
+    bases,
+    growth,
+    growth_sentence,
+    sentences,
+    stream_sentences,
+)
 from tasks.outliers.page import page, top_tensors
-from tasks.outliers.pictures import draw_all
-from tasks.outliers.stats import describe, gain, rounding, sample
-from tasks.outliers.targets import TARGETS, judge, rescale_needed
+from tasks.outliers.peaks import rescale_needed
+from tasks.outliers.stats import sample
+from tasks.outliers.targets import TARGETS, judge
+from tasks.outliers.walk import one_thread, walk
 
 Numbers = dict[str, Any]
-WORKERS = 8  # at most: each holds some pieces of a tensor
 
 
 def find_outliers(
@@ -41,6 +41,8 @@ def find_outliers(
     origins = bases(models)
     seen: dict[object, Numbers] = {}
     found: dict[str, list[Numbers]] = {}
+    drawing = Thread(target=import_module, args=("tasks.outliers.pictures",))
+    drawing.start()  # half a second of imports, while weights are read
     with one_thread():
         for name, model in models.items():
             found[name] = walk(config, name, model, origins.get(name), seen, job)
@@ -55,91 +57,41 @@ def find_outliers(
             observed[name], outcomes[name] = saw.summary, saw.outcomes
             if name == focus:
                 _weigh(config, model, found[name], saw.seen.linears)
-    verdict = {
-        "format": 1,
-        "focus": focus,
-        "models": {
-            name: _verdict(config, tensors, observed.get(name), outcomes.get(name, {}))
-            for name, tensors in found.items()
-        },
+    judged = {
+        name: _verdict(config, tensors, observed.get(name), outcomes.get(name, {})) for name, tensors in found.items()
     }
     told = [one for name, tensors in found.items() for one in sentences(name, tensors, config.large_gain)]
-    named = {name: next((one for one in models if models[one] == base), "") for name, base in origins.items()}
-    told += stream_sentences(named, observed)
+    told += stream_sentences(observed)
+    for name, origin in origins.items():
+        base = next((one for one in models if models[one] == origin), None)
+        if base is not None:
+            judged[name]["inherited"] = growth(base, found[name], found[base], observed.get(name), observed.get(base))
+            told.append(growth_sentence(name, judged[name]["inherited"]))
+    verdict = {"format": 1, "focus": focus, "models": judged, "sentences": told}
     for sentence in told:
         job.log(sentence)
     _write(out / "weights.json", {"models": found})
     _write(out / "activations.json", {"models": observed})
-    _write(out / "verdict.json", {**verdict, "sentences": told})
+    _write(out / "verdict.json", verdict)
     report = out / "report"
     report.mkdir()
-    draw_all(found, observed, report)
-    (report / "outliers.md").write_text(page(found, observed, verdict, told, config.top), encoding="utf-8")
+    drawing.join()
+    import_module("tasks.outliers.pictures").draw_all(found, observed, report)
+    (report / "outliers.md").write_text(page(found, observed, judged, told, config.top), encoding="utf-8")
     metrics = {
         f"{name}_{key}": value for name in found for key, value in _headline(found[name], observed.get(name)).items()
     }
     return Report(
         facts={key: value for key, value in metrics.items() if key.endswith(("largest_gain", "stream_peak"))}
-        | {f"{target}": verdict["models"][focus]["targets"][target]["verdict"] for target in TARGETS},  # type: ignore[index]
+        | {f"{target}": judged[focus]["targets"][target]["verdict"] for target in TARGETS},
         metrics=metrics,
         warnings=[sentence for sentence in told if sentence.endswith("do not use it")],
         details={
             "verdict": told,
             "table": [row for name, tensors in found.items() for row in top_tensors(name, tensors, config.top)],
-            "targets": [row for name in found for row in _target_rows(name, verdict["models"][name]["targets"])],  # type: ignore[index]
+            "targets": [row for name in found for row in _target_rows(name, judged[name]["targets"])],
         },
     )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: tensors share the cores instead, and pieces are as small as a core's cache."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def walk(
-    config: OutlierConfig, name: str, model: ModelDir, base: ModelDir | None, seen: dict[object, Numbers], job: Job
-) -> list[Numbers]:
-    """One model's numbers, tensor by tensor; what another model has from the same bytes is not computed again."""
-    theirs = base_weights(base) if base is not None else {}
-    mine = list(weights(model))
-
-    def look(weight: Weight) -> Numbers:
-        known = None if weight.changed else seen.get(weight.stored)
-        numbers = known or describe(weight, config.sigmas, config.sample_values)
-        numbers = {**numbers, **_norm(model, weight)}
-        if weight.name in theirs:
-            numbers |= change(weight, theirs[weight.name])
-            before = _norm(model, theirs[weight.name])
-            numbers |= {"base_gain": before["gain"]} if before else {}
-        return numbers
-
-    largest_first = sorted(range(len(mine)), key=lambda i: -prod(mine[i].shape))
-    tensors: dict[int, Numbers] = {}
-    with ThreadPoolExecutor(min(WORKERS, len(os.sched_getaffinity(0)))) as pool:
-        for i, numbers in zip(largest_first, pool.map(look, [mine[i] for i in largest_first]), strict=True):
-            tensors[i] = numbers
-            job.progress(len(tensors), len(mine), "tensors", name)
-    for i, weight in enumerate(mine):
-        if not weight.changed:
-            seen[weight.stored] = {k: v for k, v in tensors[i].items() if k not in CHANGES}
-    return [tensors[i] for i in range(len(mine))]
-
-
-CHANGES = ("changed", "max_change", "relative_change", "base_gain", "gain", "rounding", "adds_one")
-
-
-def _norm(model: ModelDir, weight: Weight) -> Numbers:
-    if not is_norm(weight.name, weight.shape):
-        return {}
-    one = adds_one(model.base, weight.name)
-    values = weight.rows()
-    return {"gain": gain(values, one), "rounding": rounding(values, one), "adds_one": one}
 
 
 def _weigh(config: OutlierConfig, model: ModelDir, tensors: list[Numbers], linears: dict[str, Any]) -> None:

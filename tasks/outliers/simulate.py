@@ -17,7 +17,7 @@ from tasks.engine.chat import Example
 from tasks.engine.norms import adds_one, is_norm
 from tasks.engine.rescale import changes
 from tasks.engine.trial import trial
-from tasks.outliers.activations import Activations
+from tasks.outliers.seen import Activations
 
 Outcome = dict[str, float]
 # Norms and the linear layers that read them: what AWQ scales together. Gemma 2 and 3, then pre-norm blocks.

@@ -7,9 +7,9 @@ that is named, or within `margin` of a limit); unsafe; unknown (it depends on wh
 import math
 from typing import Any
 
+from tasks.outliers.peaks import FLOAT16_MAX, fixed, peaks, rescale_needed
+
 Numbers = dict[str, Any]
-FLOAT16_MAX = 65504.0
-FLOAT8_MAX = 448.0  # e4m3
 Q8_INPUT_MAX = 127 * FLOAT16_MAX  # ggml keeps the scale of a block of 8-bit activations in float16
 TARGETS = ("bf16", "fp16", "gguf_cpu", "gguf_fp16", "gptq", "awq", "int8_activations")
 GOOD, BEARABLE = (0.05, 0.95), (0.5, 0.8)  # (mean KL, top-1) of a simulation that is safe, and of one that is risky
@@ -36,19 +36,6 @@ def judge(tensors: list[Numbers], seen: Numbers | None, outcomes: dict[str, Numb
     }
 
 
-def rescale_needed(seen: Numbers, margin: float) -> float | None:
-    """The power of two that brings the residual stream `margin` times below float16's limit; None if it is there."""
-    peak = max(seen["stream_peak"], max(_post_norms(seen).values(), default=0.0))
-    return 2.0 ** math.floor(math.log2(FLOAT16_MAX / (margin * peak))) if peak * margin > FLOAT16_MAX else None
-
-
-def _post_norms(seen: Numbers) -> dict[str, float]:
-    """What sandwich norms add to the stream: it is rescaled with the stream."""
-    ends = ("post_attention_layernorm", "post_feedforward_layernorm")
-    sandwich = any(name.endswith("pre_feedforward_layernorm") for name in seen["norms"])
-    return {name: peak for name, peak in seen["norms"].items() if sandwich and name.endswith(ends)}
-
-
 def _say(verdict: str, because: list[str], do: list[str], **more: Any) -> Numbers:
     return {"verdict": verdict, "because": because, "do": do, **more}
 
@@ -63,7 +50,7 @@ def _bf16(tensors: list[Numbers], seen: Numbers | None, outcomes: dict[str, Numb
         return _say("safe", [*because, UNSEEN], [])
     if seen["not_finite"]:
         return _say("unsafe", [f"{seen['not_finite']} linear layers gave NaN or infinite values"], ["do not use it"])
-    because.append(f"the largest activation is {max(_peaks(seen).values()):.3g}")
+    because.append(f"the largest activation is {max(peaks(seen).values()):.3g}")
     return _measured(_say("safe", because, []), outcomes.get("bfloat16"))
 
 
@@ -75,13 +62,11 @@ def _fp16(tensors: list[Numbers], seen: Numbers | None, outcomes: dict[str, Numb
         ])  # fmt: skip
     if seen is None:
         return _say("unknown", ["every weight fits into float16", UNSEEN], [])
-    peaks = _peaks(seen)
-    beyond = {place: peak for place, peak in peaks.items() if peak > FLOAT16_MAX / margin}
+    held = peaks(seen)
+    beyond = {place: peak for place, peak in held.items() if peak > FLOAT16_MAX / margin}
     if not beyond:
         lost = _lost_gains(tensors, "float16")
-        because = [
-            f"the largest activation is {max(peaks.values()):.4g}: {FLOAT16_MAX / max(peaks.values()):.1f}x room"
-        ]
+        because = [f"the largest activation is {max(held.values()):.4g}: {FLOAT16_MAX / max(held.values()):.1f}x room"]
         word = "risky" if lost else "safe"
         return _measured(
             _say(word, because + [_lost(*one, "float16") for one in lost[:1]], []), outcomes.get("float16")
@@ -90,8 +75,8 @@ def _fp16(tensors: list[Numbers], seen: Numbers | None, outcomes: dict[str, Numb
     over = any(peak > FLOAT16_MAX for peak in beyond.values())
     because = [f"{place} reaches {peak:.4g} on your rows, float16 ends at 65504" for place, peak in worst[:4]]
     do = ["run it in bfloat16 or float32"]
-    k, fixed = rescale_needed(seen, margin), _fixed(seen)
-    if k is not None and fixed <= FLOAT16_MAX:
+    k = rescale_needed(seen, margin)
+    if k is not None and fixed(seen) <= FLOAT16_MAX:
         do.append(
             f"or rescale the residual stream by k = 2^{int(math.log2(k))} = {k:g} (same function, tasks.engine.rescale)"
         )
@@ -196,26 +181,6 @@ def _int8(seen: Numbers | None, outcomes: dict[str, Numbers]) -> Numbers:
     if words[1] == "safe":
         return _say("risky", because, ["quantize activations with a scale for each token, or leave them in 16 bits"])
     return _say(max(words, key=("safe", "risky", "unsafe").index), because, ["quantize weights only"])
-
-
-def _peaks(seen: Numbers) -> dict[str, float]:
-    """The largest magnitude of everything that a model in float16 would hold in float16, by place."""
-    found = {"the embedding": seen["embedding"]["value"]}
-    for layer in seen["layers"]:
-        found[f"the residual stream in layer {layer['layer']}"] = max(
-            layer["middle"]["value"], layer["output"]["value"]
-        )
-    found |= seen["norms"]
-    for name, one in seen["linears"].items():
-        found[name] = max(one["input_peak"], one["output_peak"])
-    return found
-
-
-def _fixed(seen: Numbers) -> float:
-    """The largest activation that no rescale touches."""
-    scaled = {"the embedding", *_post_norms(seen)}
-    peaks = _peaks(seen)
-    return max((peak for place, peak in peaks.items() if place not in scaled and "residual" not in place), default=0.0)
 
 
 def _lost_gains(tensors: list[Numbers], dtype: str) -> list[tuple[str, float]]:

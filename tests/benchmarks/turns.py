@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LAST_WORDS = 3.0  # seconds after its turn in which a contestant may write its results before the next one's begins
+LAST_WORDS = 1.0  # seconds after its turn in which a contestant may end before it is stopped
 
 
 def wait_for_turn(directory: Path, name: str) -> None:

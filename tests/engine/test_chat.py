@@ -1,19 +1,15 @@
-import json
-import urllib.request
 from importlib.resources import files
-from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tasks.core.errors import BadConfig
-from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
 from tasks.engine.chat import IGNORE, count_tokens, encode, end_ids, prompt_ids, turn_end
 from tasks.engine.load import load_tokenizer
-from tests.pico import CHAT_TEMPLATE, PICO_TEXT, pico_model, pico_tokenizer
+from tests.pico import CHAT_TEMPLATE, PICO_TEXT, pico_tokenizer
 
 ROW = Row(
     messages=[
@@ -166,34 +162,3 @@ def test_an_answer_that_starts_with_a_line_break_is_learnt_as_generation_meets_i
     example, prompt = encode(tokenizer, row), prompt_ids(tokenizer, row.prompt)
     assert example.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(example.answer_ids) == "\nBecause.<|im_end|>"
-
-
-def test_training_generation_and_llama_cpp_see_the_same_ids(tmp_path):
-    """A pico Gemma 3 with Gemma 3's template: what is learnt, Hugging Face's prompt, and that of llama.cpp's server."""
-    from tasks.gguf.convert import converting
-    from tasks.gguf.server import llama_server
-
-    model = pico_model(tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = template("gemma3")
-    tokenizer.save_pretrained(model)
-    with converting(model, "pico", Job(tmp_path / "work")) as conversion:
-        conversion.write(conversion.plan(conversion.skeleton.wanted("BF16")), tmp_path / "model.gguf")
-    with llama_server(tmp_path / "model.gguf", tmp_path / "log", context=512) as server:
-
-        def post(route: str, **body: Any) -> Any:
-            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.key}"}
-            request = urllib.request.Request(server.url + route, json.dumps(body).encode(), headers)
-            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
-                return json.load(response)
-
-        for row in (ROW, Row(messages=TALK)):
-            trained = encode(tokenizer, row)
-            text = post("/apply-template", messages=row.prompt)["prompt"]
-            served = post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
-            chat = post("/v1/chat/completions", messages=row.prompt, max_tokens=1)
-            generated = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False)
-            assert served == generated == trained.input_ids[: len(served)] == prompt_ids(tokenizer, row.prompt)
-            assert chat["usage"]["prompt_tokens"] == len(served) and served.count(tokenizer.bos_token_id) == 1
-            answer = post("/tokenize", content=row.answer + "<end_of_turn>", add_special=False, parse_special=True)
-            assert answer["tokens"] == trained.answer_ids

@@ -46,10 +46,10 @@ def gemma3_float32(directory: Path) -> Path:
     return directory
 
 
-def gemma3_wide(directory: Path) -> Path:
+def gemma3_wide(directory: Path, layers: int = 8) -> Path:
     """Rows of 256 values, so that K- and IQ-kinds keep their types; four heads to a key."""
     return pico_model(
-        directory, hidden=256, layers=8, intermediate_size=256, num_attention_heads=4, head_dim=64,
+        directory, hidden=256, layers=layers, intermediate_size=256, num_attention_heads=4, head_dim=64,
         query_pre_attn_scalar=64,
     )  # fmt: skip
 
@@ -66,18 +66,22 @@ def gemma3_vision(directory: Path) -> Path:
     return _saved(model, directory)
 
 
-def gemma3n(directory: Path, conditional: bool = True) -> Path:
-    """A Gemma 3n; `conditional` in the layout of Gemma3nForConditionalGeneration, with tensors of towers.
+def gemma3n(directory: Path, conditional: bool = True, without: int = 8, ffn: int = 96) -> Path:
+    """A Gemma 3n whose last pieces are `without` per-layer embeddings, as Gemma 3n's pictures and sounds are;
+    `conditional` in the layout of Gemma3nForConditionalGeneration, with tensors of towers.
 
     transformers can build that class only with timm and torchvision; llama.cpp's converter reads the files alone.
+    The deviation behind its sparse MLP divides by n in transformers and by n - 1 in llama.cpp: take a wide `ffn` where
+    their logits are compared.
     """
     pico_tokenizer(directory)
     count = len(AutoTokenizer.from_pretrained(directory))
     text = Gemma3nTextConfig(
-        **(GEMMA | {"intermediate_size": [96] * 6}), vocab_size=count, vocab_size_per_layer_input=count - 8,
-        hidden_size_per_layer_input=256, laurel_rank=4, num_kv_shared_layers=0,
-        layer_types=["sliding_attention"] * 5 + ["full_attention"], activation_sparsity_pattern=[0.0] * 6,
-    )  # fmt: skip
+        **(GEMMA | {"intermediate_size": [ffn] * 6}), vocab_size=count, vocab_size_per_layer_input=count - without,
+        hidden_size_per_layer_input=256, laurel_rank=64, num_kv_shared_layers=0,
+        layer_types=["sliding_attention"] * 4 + ["full_attention", "sliding_attention"],
+        activation_sparsity_pattern=[0.95] * 6,
+    )  # fmt: skip  # llama.cpp has 256, 64, 0.95 and every fifth layer in its code
     torch.manual_seed(0)
     _saved(Gemma3nForCausalLM(text), directory)
     if not conditional:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tasks.core.rows import write_rows
+from tasks.engine.ggml_types import FLOATS
 from tasks.gguf import GgufConfig
 from tasks.gguf.hf import stage, stored_type
-from tasks.gguf.kinds import FLOATS, KINDS, NEED_IMATRIX
+from tasks.gguf.kinds import KINDS, NEED_IMATRIX
 from tests.gguf.architectures import ARCHITECTURES
 from tests.merge.test_merge import pico_rows
 from tests.pico import pico_model

@@ -10,8 +10,9 @@ import gguf
 import pytest
 
 from tasks.core.job import Job
+from tasks.engine.ggml_types import TYPES, TensorType
 from tasks.gguf.convert import converting
-from tasks.gguf.kinds import KINDS, TYPES, FileType, TensorType
+from tasks.gguf.kinds import KINDS, FileType
 from tests.gguf.architectures import ARCHITECTURES
 
 NAMES = [architecture.__name__ for architecture in ARCHITECTURES]

@@ -10,12 +10,16 @@ import pytest
 from openai import OpenAI
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tasks.engine.chat import prompt_ids
+from tasks.core.job import Job
+from tasks.core.rows import Row
+from tasks.engine.chat import encode, prompt_ids
+from tasks.engine.llama_server import Server, llama_server
 from tasks.engine.load import GEMMA_TEMPLATE
 from tasks.gguf import GgufConfig
+from tasks.gguf.convert import converting
 from tasks.gguf.ollama import turns
 from tasks.gguf.serve import modelfile
-from tasks.gguf.server import Server, llama_server
+from tests.engine.test_chat import ROW, TALK, template
 from tests.pico import CHAT_TEMPLATE
 
 CHATML = (
@@ -67,6 +71,27 @@ def test_the_openai_client(server: Server, tokenizer: PreTrainedTokenizerBase) -
     assert "".join(chunk.choices[0].delta.content or "" for chunk in free if chunk.choices) == (
         plain.choices[0].message.content
     )
+
+
+def test_training_generation_and_llama_cpp_see_the_same_ids(bf16: Path, narrow: Path, tmp_path: Path) -> None:
+    """With Gemma 3's own template: what is learnt, Hugging Face's prompt, and that of llama.cpp's server."""
+    tokenizer, text = AutoTokenizer.from_pretrained(narrow), template("gemma3")
+    tokenizer.chat_template = text
+    with converting(bf16 / "model.gguf", "pico", Job(tmp_path / "work")) as conversion:
+        plan = conversion.plan(conversion.skeleton.wanted("BF16"), {"tokenizer.chat_template": text})
+        conversion.write(plan, tmp_path / "model.gguf")
+    with llama_server(tmp_path / "model.gguf", tmp_path / "log", context=512) as server:
+        for row in (ROW, Row(messages=TALK)):
+            trained = encode(tokenizer, row)
+            prompt = server.post("/apply-template", messages=row.prompt)["prompt"]
+            served = server.post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+            chat = server.post("/v1/chat/completions", messages=row.prompt, max_tokens=1)
+            generated = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False)
+            assert served == generated == trained.input_ids[: len(served)] == prompt_ids(tokenizer, row.prompt)
+            assert chat["usage"]["prompt_tokens"] == len(served) and served.count(tokenizer.bos_token_id) == 1
+            said = row.answer + "<end_of_turn>"
+            answer = server.post("/tokenize", content=said, add_special=False, parse_special=True)
+            assert answer["tokens"] == trained.answer_ids
 
 
 def render_go(template: str, messages: list[dict[str, str]]) -> str:

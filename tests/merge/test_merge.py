@@ -17,9 +17,12 @@ from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
 from tasks.engine.agreement import Agreement, held_out
 from tasks.engine.stored import stored_tensors
-from tasks.engine.weights import stream, weights
+from tasks.engine.text_half import load_text
+from tasks.engine.weights import stream
+from tasks.gguf import GgufConfig
+from tasks.gguf.run import convert
 from tasks.merge import MergeConfig
-from tasks.merge.run import check_inventory, copy_companions, merge, write_shards
+from tasks.merge.run import check_inventory, merge
 from tests.engine.test_weights import adapter_of, peft_merge
 from tests.gguf.architectures import gemma3n
 from tests.pico import pico_model
@@ -149,10 +152,11 @@ def test_a_base_in_four_bits_becomes_a_16_bit_model(model: ModelDir, dataset: Pa
     assert (written["model.layers.1.mlp.down_proj.weight"] != expected).float().mean() < 1e-2  # an ulp at a tie
 
 
-def test_gemma_3n_keeps_every_tensor_and_its_class(tmp_path: Path) -> None:
-    """Per-layer embeddings and towers are there afterwards, under the conditional class's name."""
-    base = gemma3n(tmp_path / "base")
-    text = gemma3n(tmp_path / "text", conditional=False)
+def test_gemma_3n_keeps_its_class_passes_the_gate_and_becomes_a_proven_gguf(dataset: Path, tmp_path: Path) -> None:
+    """The whole checkpoint is merged, towers and per-layer embeddings too; what text makes of it is compared, in the
+    gate and in llama.cpp, by the text half alone: the tower's class needs timm and torchvision."""
+    base = gemma3n(tmp_path / "base", without=0, ffn=2048)
+    text = gemma3n(tmp_path / "text", conditional=False, without=0, ffn=2048)
     adapter = adapter_of(text, tmp_path / "adapter")
     exact = peft_merge(text, adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -160,12 +164,10 @@ def test_gemma_3n_keeps_every_tensor_and_its_class(tmp_path: Path) -> None:
 
     renamed = {name.replace(".model.model.", ".model.model.language_model."): one for name, one in tensors.items()}
     save_file(renamed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    out = tmp_path / "out"
+    out, job = tmp_path / "out", Job(tmp_path / "work")
     out.mkdir()
-    written = list(weights(ModelDir(base, adapter)))
-    write_shards(written, out, 10**9, Job(tmp_path / "work"))
-    copy_companions(ModelDir(base, adapter), out)
-    check_inventory(base, out)
+    report = merge(MergeConfig(**LOOSE | {"min_top1": 0.3}), ModelDir(base, adapter), dataset, out, job)
+    assert report.facts["changed_tensors"] == 6 * 7 and 0 < report.facts["mean_kl"] < 0.01
     found, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     for name in ("model.language_model.embed_tokens_per_layer.weight", "model.vision_tower.stem.weight"):
         assert torch.equal(found[name], before[name])
@@ -173,7 +175,20 @@ def test_gemma_3n_keeps_every_tensor_and_its_class(tmp_path: Path) -> None:
     for name in ("layers.3.self_attn.q_proj", "layers.5.mlp.down_proj"):
         one = found[f"model.language_model.{name}.weight"]
         torch.testing.assert_close(one.float(), exact[f"model.{name}.weight"], rtol=2**-7, atol=1e-6)
-    assert sum(weight.changed for weight in written) == 6 * 7
+    unmerged = load_text(ModelDir(base, adapter), "float32")  # the gate saw the adapter, not only the base
+    ids = torch.tensor([[2, *range(5, 40)]])
+    with torch.inference_mode():
+        changed = (unmerged(ids).logits - load_text(ModelDir(base), "float32")(ids).logits).abs().max()
+    assert changed > 0.1
+    (tmp_path / "gguf").mkdir()
+    config = GgufConfig(kind="F32", proof_rows=4, min_top1=0.9)
+    made = convert(config, ModelDir(out), tmp_path / "gguf", job, dataset)
+    assert made.metrics["mean_kl"] < 1e-4 and made.metrics["not_finite"] == 0
+    assert "per_layer_token_embd.weight" in {row["name"] for row in made.details["tensors"]}
+    save_file(renamed | {"base_model.model.model.vision_tower.x.lora_A.weight": torch.ones(1, 1)},
+              adapter / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(BadConfig, match="85 tensors, of which 84 belong to the text model"):
+        load_text(ModelDir(base, adapter))
 
 
 @pytest.mark.parametrize("remedy", ["rescale", "clip"])

@@ -63,6 +63,10 @@ def test_the_pathology_is_there_and_the_function_is_not_touched(found: Path, sai
     }
     assert peaks["planted"] > 65504 and peaks["planted"] == pytest.approx(1024 * peaks["base"], rel=1e-3)
     assert said["planted"]["outcomes"]["rescaled float32"]["mean_kl"] < 1e-8
+    assert said["planted"]["inherited"]["base"] == "base" and said["planted"]["inherited"]["amplified"]
+    layer = json.loads((found / "activations.json").read_text())["models"]["planted"]["layers"][3]
+    peak = max(layer["middle"]["value"], layer["output"]["value"])
+    assert layer["float16_headroom"] == pytest.approx(65504 / peak) and layer["float8_headroom"] < 1e-2
 
 
 def test_float16_overflows_in_the_layer_that_was_predicted(found: Path, said: dict, planted: Path) -> None:

@@ -1,0 +1,80 @@
+"""The verdict in the plan: which tensors get better types for what a budget has left, before anything is written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.core.job import Job
+from tasks.gguf import GgufConfig
+from tasks.gguf.choice import candidates
+from tasks.gguf.convert import converting
+from tasks.gguf.sensitive import markdown, raises
+from tasks.gguf.verdict import verdict_errors
+
+WORST = {"q8_0": 0.02, "q4_0": 0.4, "q4_k": 0.2, "q6_k": 0.02, "nf4": 0.5, "int8": 0.03}
+MILD = {name: error / 100 for name, error in WORST.items()}
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Path:
+    """What the outliers stage says of two of the pico model's matrices, and of one in a tower."""
+    names = {"layers.3.mlp.down_proj": WORST, "layers.1.self_attn.q_proj": MILD, "vision.fc": WORST}
+    sensitive = [{"tensor": f"model.{name}.weight", "output_error": errors} for name, errors in names.items()]
+    verdict = {"focus": "student", "models": {"student": {"sensitive": sensitive, "targets": {}}}}
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+    return tmp_path
+
+
+def test_the_most_error_for_a_byte_is_taken_first() -> None:
+    tensors = [("bad", "Q4_0", (64, 512)), ("mild", "Q4_0", (64, 32)), ("float", "BF16", (64, 512))]
+    errors = {"bad": WORST, "mild": MILD, "float": WORST, "elsewhere": WORST}
+    step = 512 * 64 // 32 * (34 - 18)  # Q4_0 to Q8_0
+    assert [(one.name, one.after, one.bytes) for one in raises(tensors, errors, step)] == [("bad", "Q8_0", step)]
+    assert {one.name for one in raises(tensors, errors, 10**9)} == {"bad", "mild"}  # a float is not raised
+    (cheaper,) = raises(tensors[:1], errors, step - 1)  # Q8_0 is one byte too much: Q5_1 and Q5_0 are not
+    assert cheaper.after == "Q5_1" and cheaper.error_before == 0.4
+    assert cheaper.error_after == pytest.approx(0.2 / 2**0.5)  # from Q5_0, which was tried: half a bit less
+    assert not raises(tensors, errors, 10)
+
+
+def test_the_plan_follows_the_verdict(audit: Path, bf16: Path, tmp_path: Path) -> None:
+    config = GgufConfig(kind="Q4_0", overrides={"attn_v": "Q8_0"}, sensitive_percent=100)
+    with converting(bf16 / "model.gguf", "pico", Job(tmp_path / "work")) as conversion:
+        skeleton = conversion.skeleton
+        assert set(verdict_errors(audit, skeleton.architecture, skeleton.layers)) == {
+            "blk.3.ffn_down.weight", "blk.1.attn_q.weight"
+        }  # fmt: skip
+        (said,) = candidates(config, conversion, {}, None, audit)
+        assert {one.name: one.after for one in said.advice} == {
+            "blk.3.ffn_down.weight": "Q8_0", "blk.1.attn_q.weight": "Q8_0"
+        }  # fmt: skip
+        assert not said.raised and "Q8_0" not in {one.type for one in said.tensors if "ffn_down" in one.name}
+        follow = config.model_copy(update={"sensitive": "raise"})
+        (plan,) = candidates(follow, conversion, {}, None, audit)
+        types = {one.name: one.type for one in plan.tensors}
+        assert (types["blk.3.ffn_down.weight"], types["blk.2.ffn_down.weight"]) == ("Q8_0", "Q4_0")
+        assert plan.bytes == said.bytes + sum(one.bytes for one in plan.advice)
+        assert "sensitive tensors raised: blk.3.ffn_down.weight Q4_0 to Q8_0" in plan.sentence()
+        assert r'"^blk\\.3\\.ffn_down\\.weight$": "Q8_0"' in markdown(plan.advice, plan.raised)
+        conversion.write(plan, tmp_path / "raised.gguf")
+        assert (tmp_path / "raised.gguf").stat().st_size == plan.bytes
+        first = min(plan.advice, key=lambda one: one.bytes / one.error_before**2)
+        tight = follow.model_copy(update={"budget_mb": (said.bytes + first.bytes) / 1e6})
+        (fits,) = candidates(tight, conversion, {}, None, audit)
+        assert fits.bytes <= said.bytes + first.bytes and fits.advice[0].name == "blk.3.ffn_down.weight"
+        quality = GgufConfig(kind="auto", max_mean_kl=0.001, sensitive="raise")
+        tried = candidates(quality, conversion, {}, None, audit)
+        assert {plan.raised for plan in tried} == {True, False}
+        assert [plan.bytes for plan in tried] == sorted(plan.bytes for plan in tried)
+
+
+def test_the_plans_command_says_it_before_anything_runs(audit: Path, bf16: Path) -> None:
+    command = [sys.executable, "-m", "tasks.gguf.plan", str(bf16 / "model.gguf"), "--kinds", "Q4_0", "BF16"]
+    ran = subprocess.run([*command, "--outliers", str(audit), "--budget-mb", "0.3"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "Q4_0, raised by the verdict: blk.3.ffn_down.weight Q4_0 to Q8_0, blk.1.attn_q.weight" in ran.stdout
+    assert r'overrides: {"^blk\\.3\\.ffn_down\\.weight$": "Q8_0"' in ran.stdout
+    assert "BF16, raised" not in ran.stdout and "| Q4_0 |" in ran.stdout
