@@ -61,6 +61,8 @@ class DistillConfig(TrainingConfig):
     (Q6_K where the hidden size is a multiple of 256: tell it there)."""
     vocabulary: int | None = Field(None, ge=300)
     """Keep so many of the tokenizer's pieces and rows of embedding and head; method full only. None keeps all."""
+    processes: int = Field(1, ge=1, le=16)
+    """GPUs of this host that train together, one process each; `batch_size` is split over them."""
 
     @model_validator(mode="after")
     def _whole_students(self) -> Self:
@@ -72,6 +74,8 @@ class DistillConfig(TrainingConfig):
                 )
         if self.on_policy_rounds and (self.grid != "none" or self.vocabulary is not None):
             raise ValueError("on_policy_rounds come after the run: set grid=none and vocabulary=null, or no rounds")
+        if self.on_policy_rounds and self.processes > 1:
+            raise ValueError(f"processes={self.processes}: on_policy_rounds answer on one GPU; set processes=1")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 python -m tasks.distill.run config.json --student DIR[+ADAPTER] --teacher BASE+ADAPTER --dataset DIR --out DIR
     [--states DIR] [--texts DIR]
+torchrun --standalone --nproc-per-node 2 -m tasks.distill.run ... (process 0 asks the teacher, all train)
 """
 
 from pathlib import Path
@@ -20,10 +21,13 @@ from tasks.distill.grid import Grid, settle
 from tasks.distill.lessons import Lessons, prepare
 from tasks.distill.on_policy import OnPolicy
 from tasks.distill.vocabulary_trim import trim
+from tasks.engine import processes
 from tasks.engine.batches import Batch
 from tasks.engine.head import head_of, hidden_states
 from tasks.engine.load import load_tokenizer, pick_device
-from tasks.engine.losses import Mix, distillation
+from tasks.engine.losses import Head, Mix, distillation
+from tasks.engine.memory.beside import Beside, asked, remembered
+from tasks.engine.memory.fit import fitted
 from tasks.engine.outcome import fingerprint, finish, read_splits
 from tasks.engine.plan import Objective, Plan
 from tasks.engine.tokenizers import require_same_tokens
@@ -46,6 +50,7 @@ def distil(
     `states` are what `remember` kept of this teacher; rows that they lack are asked of the teacher now. `texts` are a
     user's own texts, whose most frequent pieces a smaller `vocabulary` keeps.
     """
+    processes.join()
     report = Report()
     tokenizer, teachers = load_tokenizer(student, config.chat_template), load_tokenizer(teacher)
     require_same_tokens(teachers, tokenizer)
@@ -53,8 +58,9 @@ def distil(
         report.warnings.append("teacher and student have different chat templates; the student's is used for both")
     rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
     made_by = fingerprint(config, dataset, student, teacher)
-    trimmed = trim(config, student, tokenizer, dataset, texts, report, job)
-    lessons = prepare(config, teacher, dataset, tokenizer, rows, validation, states, out, report, job)
+    with processes.in_turn():
+        trimmed = trim(config, student, tokenizer, dataset, texts, report, job)
+        lessons = prepare(config, teacher, dataset, tokenizer, rows, validation, states, out, report, job)
     rows = lessons.rows
     if trimmed is not None:
         if lessons.taught.head is None or config.teacher_online:
@@ -62,6 +68,9 @@ def distil(
                             "states_budget_gib above their size")  # fmt: skip
         student, lessons.taught.head = trimmed.student, trimmed.head(lessons.taught.head)
         rows, validation = trimmed.examples(rows), trimmed.examples(validation)
+    config, memory = fitted(
+        config, config.method, student, rows, out, job, beside(config, teacher, lessons.taught.head)
+    )
     chunk = config.loss_chunk_mib << 20
 
     def loss_of(lessons: Lessons, mix: Mix, balance: Balance | None = None) -> Objective:
@@ -69,6 +78,8 @@ def distil(
 
     mix = Mix(config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.jsd_beta, config.skew)
     balance = Balance(mix, torch.device(pick_device())) if config.balance else None
+    if config.teacher_online and config.teacher_precision == "8bit":  # its products wait for the device
+        config = config.model_copy(update={"cuda_graphs": "off"})
     plan = Plan(
         build=lambda: trainable_model(config, config.method, student, pick_device()),
         examples=rows,
@@ -89,7 +100,19 @@ def distil(
     if config.grid != "none":
         report.details["grid"] = settle(model, config)
         dtype = torch.float32  # d * q has up to 18 bits
-    return finish(plan, model, history, config.method, student, out, report, "Distilling the student", dtype)
+    if processes.rank() == 0:
+        report = finish(plan, model, history, config.method, student, out, report, "Distilling the student", dtype)
+        if memory:
+            report.details["memory_plan"] = memory.told()
+    processes.leave()
+    return report
+
+
+def beside(config: DistillConfig, teacher: ModelDir, head: Head | None) -> Beside:
+    """What of the teacher lies on the device beside the student."""
+    if config.teacher_online:
+        return asked(teacher, config.teacher_precision)
+    return remembered(head.weight if head else None, head.weight.shape[1] if head else 3 * config.top_k)
 
 
 def objective(lessons: Lessons, mix: Mix, balance: Balance | None, chunk_bytes: int) -> Objective:
@@ -98,10 +121,9 @@ def objective(lessons: Lessons, mix: Mix, balance: Balance | None, chunk_bytes: 
     def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         hidden = hidden_states(model, batch)
         known, head, weights = lessons.taught.known(batch)
-        parts, into = balance.parts if balance else None, batch.get("head_grad")
-        return distillation(
-            hidden, head_of(model), batch["labels"], known, head, mix, chunk_bytes, weights, parts, into
-        )._asdict()
+        parts, into, own = balance.parts if balance else None, batch.get("head_grad"), head_of(model)
+        own = own._replace(weight=batch.get("head_weight", own.weight))
+        return distillation(hidden, own, batch["labels"], known, head, mix, chunk_bytes, weights, parts, into)._asdict()
 
     return losses
 

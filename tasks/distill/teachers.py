@@ -53,8 +53,10 @@ class Remembered:
         places, found = [self.places[row] for row in batch["rows"]], cast(TaughtBatch, dict(batch))
 
         def gather(name: str) -> Tensor:
-            tensor = self.states.tensors[name]
-            return torch.cat([tensor[place] for place in places])
+            tensor, pin = self.states.tensors[name], torch.cuda.is_available()
+            count = sum(place.stop - place.start for place in places)
+            out = torch.empty((count, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=pin)
+            return torch.cat([tensor[place] for place in places], out=out)  # where the device copies it from by itself
 
         if self.head is not None:
             found["teacher_states"] = gather("states.bin")
@@ -93,8 +95,9 @@ class Online:
 
     def known(self, batch: Batch) -> tuple[Tensor, Head, None]:
         """As `Remembered.known`, with states made now."""
+        own = cast(Batch, {name: value for name, value in batch.items() if name != "stack"})  # the student's layers
         with torch.no_grad():
-            return hidden_states(self.model, batch), self.head, None
+            return hidden_states(self.model, own), self.head, None
 
 
 def remembered(

@@ -20,6 +20,7 @@ from tasks.core.rows import read_rows
 from tasks.distill import DistillConfig
 from tasks.distill.vocabulary import Pieces, choose
 from tasks.distill.vocabulary_files import config_ids, write_trimmed
+from tasks.engine import processes
 from tasks.engine.chat import IGNORE, Example, encode
 from tasks.engine.load import load_tokenizer
 from tasks.engine.losses import Head
@@ -73,7 +74,8 @@ def trim(
     counted = Counter(i for line in _lines(texts) for i in tokenizer(line, add_special_tokens=False)["input_ids"])
     wanted = sorted(counted, key=lambda index: (-counted[index], index))
     kept = choose(pieces, needed, wanted, config.vocabulary, rows)
-    trimmed = Trimmed(write_trimmed(student.base, pieces, kept, job.work / "trimmed"), kept)
+    own = job.work / (f"trimmed-{processes.rank()}" if processes.rank() else "trimmed")
+    trimmed = Trimmed(write_trimmed(student.base, pieces, kept, own), kept)
     small = load_tokenizer(trimmed.student, config.chat_template)
     _prove(tokenizer, small, trimmed, dataset, data)
     before, after = (_held_out_tokens(one, dataset) for one in (tokenizer, small))

@@ -1,4 +1,4 @@
-"""Micro-batches made ready in a thread of their own while the device works on those before them."""
+"""Micro-batches made ready in two threads of their own while the device works on those before them."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +17,7 @@ class Ahead(Dataset[Batch]):
 
     def __init__(self, batches: Any, prepare: Callable[[Batch], Batch], pin: bool) -> None:
         self.batches, self.prepare, self.pin = batches, prepare, pin
-        self.thread = ThreadPoolExecutor(1, "batches")
+        self.thread = ThreadPoolExecutor(2, "batches")
         self.coming: dict[int, Future[Batch]] = {}
 
     def __len__(self) -> int:

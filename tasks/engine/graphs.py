@@ -7,7 +7,8 @@
 A small student is bound by launches: a graph takes them off the CPU. Shapes have to be static (tasks.engine.packing),
 so labels are filled up, with -100, to the most that a micro-batch of the same length has. Gradients live in one float32
 buffer, where the head's products and the embedding's look-ups add theirs in place; a buffer of the vocabulary's size
-is never made twice. The residual stream is in the autocast dtype, as it is when the model is served.
+is never made twice. The residual stream is in the autocast dtype, as it is when the model is served. Where the layers
+are Gemma 3's, and all of them trained, they run as tasks.engine.stack writes them.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tasks.engine.batches import Batch
 from tasks.engine.chat import IGNORE
 from tasks.engine.feed import Feed
 from tasks.engine.head import unwrap
+from tasks.engine.stack import Stack
 
 LABELS = 128  # a number of labels is rounded up to a multiple of this
 KEPT = 1.0  # share of the activations that compiled layers keep; less is recomputed, cheapest first
@@ -49,7 +51,7 @@ def most_labels(batches: Feed) -> dict[int, int]:
 def fill_labels(batch: Batch, most: dict[int, int]) -> Batch:
     """The batch with its labels, and all that goes with each, filled up: labels of -100, else zeros."""
     more = most[batch["input_ids"].shape[1]] - len(batch["labels"])
-    filled: dict[str, Any] = {**batch, "answers": len(batch["labels"])}
+    filled: dict[str, Any] = dict(batch)
     for name, value in filled.items():
         if isinstance(value, Tensor) and (name in BY_LABEL or name.startswith("teacher_")):
             padding = [0, 0] * (value.dim() - 1) + [0, more]
@@ -58,11 +60,13 @@ def fill_labels(batch: Batch, most: dict[int, int]) -> Batch:
 
 
 class Graphs:
-    """The graphs of one model and objective, and the buffer of its gradients."""
+    """The graphs of one model and objective, and the buffer of its gradients. Without `stack` layers stay as they
+    are."""
 
     def __init__(
-        self, model: PreTrainedModel, objective: Callable[[PreTrainedModel, Batch], Sums], most: dict[int, int]
-    ) -> None:
+        self, model: PreTrainedModel, objective: Callable[[PreTrainedModel, Batch], Sums], most: dict[int, int],
+        stack: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.objective, self.most = model, objective, most
         self.trained = [p for p in model.parameters() if p.requires_grad]
         starts, size = [], 0
@@ -74,6 +78,13 @@ class Graphs:
         own = {id(p): grad for p, grad in zip(self.trained, self.grads, strict=True)}
         self.head_grad = own.get(id(cast(Any, unwrap(model)).get_output_embeddings().weight))
         self.look = Look(unwrap(model).get_input_embeddings(), own)
+        dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+        self.stack = Stack.of(model, own, dtype) if stack else None
+        head = self.stack.head if self.stack else None
+        extras = {"head_grad": self.head_grad, "stack": self.stack, "head_weight": head}
+        self.extras = {name: value for name, value in extras.items() if value is not None}
+        self.factor = torch.ones((), device=model.device)
+        self.leaves_factor = self.current = False
         self.warm: set[tuple[Any, ...]] = set()
         self.captured: dict[tuple[Any, ...], _Captured] = {}
 
@@ -82,17 +93,35 @@ class Graphs:
         self.flat.zero_()
         for parameter, grad in zip(self.trained, self.grads, strict=True):
             parameter.grad = grad
+        if self.stack is not None and not self.current:
+            self.stack.refresh()
+        self.current = False
 
     def finish(self, labels: Tensor | int, most: float) -> Tensor:
         """Sums the gradients over all processes, makes them those of the mean over `labels`, and clips them to a norm
-        of `most` (0: not at all) in the same pass; the norm before."""
+        of `most` (0: not at all) in the same pass, which may be the optimizer's; the norm before."""
         processes.total(self.flat)
         norm: Tensor = torch.linalg.vector_norm(self.flat) / labels
-        self.flat.mul_(((most / (norm + 1e-6)).clamp(max=1.0) if most else 1.0) / labels)
+        self.factor.copy_(((most / (norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(norm)) / labels)
+        if not self.leaves_factor:
+            self.flat.mul_(self.factor)
         return norm
+
+    def optimizer(self, rate: float) -> tuple[Any, dict[str, Any]] | None:
+        """An AdamW that applies what `finish` leaves, and renews the layers' weights; None for torch's own."""
+        if self.stack is None or self.flat.device.type != "cuda":
+            return None
+        from tasks.engine.stack.adamw import AdamW  # noqa: PLC0415  # Triton is where CUDA is
+
+        def after() -> None:
+            self.current = True
+
+        self.leaves_factor = True
+        return AdamW, {"lr": rate, "copies": self.stack.weights, "factor": self.factor, "after": after}
 
     def run(self, batch: Batch) -> Sums:
         """The objective's sums, detached; their tensors hold until the next call."""
+        batch = fill_labels(batch, self.most)
         shape = tuple((name, tuple(v.shape)) for name, v in sorted(batch.items()) if isinstance(v, Tensor))
         key = (*shape, batch["longest"])
         if key in self.warm:
@@ -107,7 +136,7 @@ class Graphs:
         return self._work(batch)
 
     def _work(self, batch: Batch) -> Sums:
-        own = cast(Batch, {**batch, "head_grad": self.head_grad} if self.head_grad is not None else batch)
+        own = cast(Batch, {**batch, **self.extras})
         with self.look, functorch_config.patch(activation_memory_budget=KEPT):
             sums = self.objective(self.model, own)
         sums["loss"].backward()

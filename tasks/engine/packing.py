@@ -16,8 +16,12 @@ the order of `Batch.rows`. A step's loss is the sum over its micro-batches divid
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tasks.engine.attention import use_packed_attention
@@ -113,13 +117,11 @@ def pack(items: Sequence[tuple[int, Example]], packing: Packing) -> Batch:
     tokens = sum(sizes)
     length = packing.length(tokens)
     fill = [min(packing.longest, length - start) for start in range(tokens, length, packing.longest)]
-    segments = [*sizes, *fill]
-    input_ids, labels = torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE)
-    ends = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    for (_, example), start in zip(items, ends.tolist(), strict=False):
-        end = start + len(example.input_ids)
-        input_ids[start:end] = torch.tensor(example.input_ids)
-        labels[start : end - 1] = torch.tensor(example.labels[1:])  # a position predicts the next token of its row
+    segments, rest = torch.tensor([*sizes, *fill], dtype=torch.int32), length - tokens
+    ends = F.pad(segments.cumsum(0, dtype=torch.int32), (1, 0))
+    input_ids = _numbers([example.input_ids for _, example in items], [0] * rest)
+    # A position predicts the next token of its row.
+    labels = _numbers([[*example.labels[1:], IGNORE] for _, example in items], [IGNORE] * rest)
     empty = max(0, packing.segments - len(segments)) if packing.lengths else 0
     positions = (labels != IGNORE).nonzero().squeeze(1)
     return {
@@ -128,10 +130,16 @@ def pack(items: Sequence[tuple[int, Example]], packing: Packing) -> Batch:
         "labels": labels[positions],
         "rows": [row for row, _ in items],
         "tokens": tokens,
-        "position_ids": torch.cat([torch.arange(size) for size in segments])[None],
+        "position_ids": (torch.arange(length) - ends[:-1].long().repeat_interleave(segments))[None],
         "cu_seqlens": torch.cat([ends, ends[-1:].expand(empty)]),
         "longest": packing.longest if packing.lengths else max(sizes),
     }
+
+
+def _numbers(rows: list[list[int]], rest: list[int]) -> Tensor:
+    """All of the rows, and `rest`, as one tensor of int64."""
+    count = sum(map(len, rows)) + len(rest)
+    return torch.from_numpy(np.fromiter(chain(*rows, rest), np.int64, count))  # some ten times as fast as torch.tensor
 
 
 def make_packable(model: PreTrainedModel, dtype: torch.dtype) -> str | None:

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -256,3 +259,24 @@ def test_the_same_inputs_give_the_same_student(student, teacher, dataset, tmp_pa
         run(student, teacher, dataset, tmp_path / name)
     models = [load_file(tmp_path / name / "out" / "model.safetensors") for name in ("a", "b")]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
+
+
+def test_two_processes_make_the_student_of_one(teacher, student, dataset, tmp_path):
+    """Process 0 asks the teacher, both learn from what it wrote; the weights are one process's."""
+    settings = dict(batch_size=8, micro_batch_size=4, max_steps=4, learning_rate=5e-3, precision="float32")
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"processes": 2}))
+    options = dict(student=student.base, teacher=f"{teacher.base}+{teacher.adapter}", dataset=dataset,
+                   out=tmp_path / "two", work=tmp_path / "two.work")  # fmt: skip
+    command = [sys.executable, "-m", "tasks.core.launch", "2", "tasks.distill.run", tmp_path / "config.json"]
+    command += [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = subprocess.run(
+        [str(part) for part in command], cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = run(student, teacher, dataset, tmp_path / "one", **settings)
+    told = json.loads((tmp_path / "two" / "report.json").read_text())["metrics"]
+    assert told["train_loss"] == pytest.approx(report.metrics["train_loss"], rel=1e-4)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "two", tmp_path / "one" / "out"))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name].float(), value.float(), rtol=2e-2, atol=1e-4)

@@ -24,14 +24,10 @@ from tasks.engine.chat import Example
 from tasks.engine.llama import LlamaInput, llama_logits
 from tasks.engine.load import load_model, load_tokenizer
 from tasks.engine.losses import Head
-from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.run import evaluate
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tasks.merge import MergeConfig
 from tasks.merge.run import merge
-from tasks.outliers import OutlierConfig
-from tasks.outliers.run import find_outliers
 from tests.engine.rows import example_dataset, example_rows
 
 STUDENT = ModelDir(Path(__file__).parents[2] / "deployments" / "quickstart" / "student")  # 2 048 pieces
@@ -120,9 +116,9 @@ def test_the_teacher_is_restricted_and_renormalised_exactly():
 
 
 def test_later_stages_never_notice(dataset, tmp_path):
-    """Distilled by its own whole self a trimmed student has nothing to learn; then merge, outliers, GGUF, scores."""
-    out, merged, file, scores, found = (tmp_path / name for name in ("student", "merged", "gguf", "scores", "outliers"))
-    for directory in (out, merged, file, scores, found):
+    """Distilled by its own whole self a trimmed student has nothing to learn; then merge, GGUF, llama.cpp."""
+    out, merged, file = (tmp_path / name for name in ("student", "merged", "gguf"))
+    for directory in (out, merged, file):
         directory.mkdir()
     config = DistillConfig(
         vocabulary=640, learning_rate=1e-9, max_steps=1, batch_size=8, kd_weight=1, ce_weight=0, precision="float32"
@@ -131,12 +127,9 @@ def test_later_stages_never_notice(dataset, tmp_path):
     assert abs(report.metrics["validation_kd_loss"]) < 1e-4 < report.metrics["validation_ce_loss"]
     assert load_file(out / "model.safetensors")["model.embed_tokens.weight"].shape == (640, 160)
     merge(MergeConfig(), ModelDir(out), dataset, merged, Job(tmp_path / "merge.work"))
-    find_outliers(OutlierConfig(), {"student": ModelDir(merged)}, found, Job(tmp_path / "outliers.work"), dataset)
     wanted = GgufConfig(kind="Q8_0", proof_rows=4)
     proven = convert(wanted, ModelDir(merged), file, Job(tmp_path / "gguf.work"), dataset)
     assert proven.metrics["top1"] > 0.9
-    asked = EvaluateConfig(max_new_tokens=8, batch_size=4, warmup_rows=0)
-    evaluate(asked, ModelDir(merged), dataset, scores, Job(tmp_path / "scores.work"), file)
     tokenizer = load_tokenizer(ModelDir(merged))
     inputs = [LlamaInput(text, [2, 5], 1) for text in TEXTS]
     for text, output in zip(TEXTS, llama_logits(file / "model.gguf", inputs, tmp_path / "llama.log"), strict=True):

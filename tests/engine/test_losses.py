@@ -236,16 +236,16 @@ def test_a_temperature_of_zero_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("columns", [(8192, 8192), (8192, 8256), (8256, 8192), (5000, 5000)])
+@pytest.mark.parametrize("columns", [(65536, 65536), (8192, 8256), (40000, 33000)])
 def test_the_kernel_is_the_plain_path_on_float32_logits(divergence, columns):
     from tasks.engine.losses import divergence as plain
     from tasks.engine.losses import kernel
 
     generator = torch.Generator("cuda").manual_seed(0)
-    student, teacher = (torch.randn(64, c, generator=generator, device="cuda") * 3 for c in columns)
-    labels = torch.randint(0, min(columns), (64,), generator=generator, device="cuda")
-    weights = torch.rand(64, generator=generator, device="cuda")
-    for temperature, softcap in product((1.0, 2.0, 3.0), (None, 4.0)):
+    student, teacher = (torch.randn(16, c, generator=generator, device="cuda") * 3 for c in columns)
+    labels = torch.randint(0, min(columns), (16,), generator=generator, device="cuda")
+    weights = torch.rand(16, generator=generator, device="cuda")
+    for temperature, softcap in ((1.0, None), (2.0, None), (3.0, 4.0)):  # each is kernels of its own, seconds to make
         mix, head = Mix(0.7, 0.3, temperature, divergence, 0.3, 0.2), Head(student, softcap)
         parts = mix.weights(student.device)
         exact = [t.double() for t in (student, weights, teacher)]

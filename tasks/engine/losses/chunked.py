@@ -15,6 +15,7 @@ from tasks.engine.losses.mix import Head, Losses, Mix, TopK
 
 IGNORE = -100
 TILE = 128  # a matrix product's rows are worked on in tiles of this many
+TOGETHER = 512  # rows whose logits the teacher makes at once: enough for a product to run at its full rate
 
 
 class Spec(NamedTuple):
@@ -142,22 +143,25 @@ class _TorchChunk:
 
 
 class _KernelChunk:
-    """CUDA: half-precision logits of student and teacher in two buffers of `chunk_bytes` together."""
+    """CUDA: half-precision logits of student and teacher in two buffers of `chunk_bytes` together.
+
+    The student's, which turns into the gradient, is the larger one: each product for the head's gradient reads and
+    writes all of that in float32, and should have many rows. The teacher's is filled again for some rows at a time.
+    """
 
     def __init__(self, weight: Tensor, spec: Spec, positions: int) -> None:
         self.weight, self.spec = weight, spec
         self.teacher_weight = None
-        columns = len(weight)
+        width, known = weight.element_size() * len(weight), 0
         if spec.teacher_head is not None:
             self.teacher_weight = spec.teacher_head.weight.to(weight.dtype)
-            columns += len(self.teacher_weight)
-        rows = max(1, spec.chunk_bytes // (weight.element_size() * columns))
-        rows = rows // TILE * TILE or rows
-        chunks = max(1, -(-positions // rows))
-        self.rows = max(1, min(rows, -(-positions // chunks // TILE) * TILE))  # chunks of about the same size
+            known = weight.element_size() * len(self.teacher_weight)
+        self.together = max(1, min(TOGETHER, spec.chunk_bytes // (width + known)))
+        self.rows = _even(positions, max(1, (spec.chunk_bytes - self.together * known) // width))
+        self.together = _even(self.rows, self.together)
         self.student = torch.empty((self.rows, len(weight)), dtype=weight.dtype, device=weight.device)
         if self.teacher_weight is not None:
-            self.teacher = self.student.new_empty((self.rows, len(self.teacher_weight)))
+            self.teacher = self.student.new_empty((self.together, len(self.teacher_weight)))
 
     def gradient(self, hidden: Tensor, rows: slice, counts: Tensor, numbers: Tensor) -> Tensor:
         """As in `_TorchChunk`; the gradient lives in the buffer of the student's logits."""
@@ -165,14 +169,25 @@ class _KernelChunk:
 
         spec, n, known = self.spec, len(hidden), None
         products = torch.mm(hidden, self.weight.T, out=self.student[:n])
-        if self.teacher_weight is not None:
-            states = cast(Tensor, spec.teacher)[rows].to(hidden.dtype)
-            known = torch.mm(states, self.teacher_weight.T, out=self.teacher[:n])
         softcap = spec.teacher_head.softcap if spec.teacher_head else None
-        grad, numbers[:, rows] = kernel.chunk_losses(
-            products, Head(self.weight, spec.softcap), spec.labels[rows], counts, known, softcap, spec.mix, spec.parts
-        )
-        return grad
+        for start in range(0, n, n if self.teacher_weight is None else self.together):
+            part = slice(start, n if self.teacher_weight is None else min(n, start + self.together))
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            if self.teacher_weight is not None:
+                states = cast(Tensor, spec.teacher)[here].to(hidden.dtype)
+                known = torch.mm(states, self.teacher_weight.T, out=self.teacher[: len(states)])
+            _, numbers[:, here] = kernel.chunk_losses(
+                products[part], Head(self.weight, spec.softcap), spec.labels[here], counts[part], known, softcap,
+                spec.mix, spec.parts,
+            )  # fmt: skip
+        return products
+
+
+def _even(positions: int, most: int) -> int:
+    """Rows of pieces of about the same size, none above `most`, in whole tiles where they can be."""
+    most = most // TILE * TILE or most
+    pieces = max(1, -(-positions // most))
+    return max(1, min(most, -(-positions // pieces // TILE) * TILE))
 
 
 def _has_kernel(hidden: Tensor, spec: Spec) -> bool:

@@ -1,13 +1,15 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""The formulas as one Triton kernel for CUDA: a chunk's logits of student and teacher in, the gradient in their place.
+"""The formulas as Triton kernels for CUDA: a chunk's logits of student and teacher in, the gradient in their place.
 
-One program a position. A first pass over its logits takes the maxima, the softmax sums at temperatures 1 and T and the
-divergence's value online; a second one, from the end so that what the first read last is still in the L2 cache, writes
-the gradient over the student's logits. The mixtures (jsd, skew) need the sums before their value: three passes.
+Two passes over the logits: one takes the maxima, the softmax sums at temperatures 1 and T and the divergence's value
+online; one writes the gradient over the student's logits. The mixtures (jsd, skew) need the sums before their value: a
+third. A row is cut into parts, a program each, so that no multiprocessor waits for the last rows.
 
-A block is a tile of LINES x 8 logits, and each line keeps a maximum and sums of its own until the pass is over: threads
+A block is a tile of LINES x 8 logits, and each line keeps a maximum and sums of its own until the part is over: threads
 do not wait for each other, and the sums take an eighth of the registers.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +20,10 @@ from tasks.engine.losses.mix import Head, Mix
 
 CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2, "skew_kl": 3, "skew_reverse_kl": 4}
 BLOCK, WARPS = 4096, 8
+PART = 32768  # columns of a program
 WIDE = tl.constexpr(8)  # logits of a line: 16 bytes, what a thread loads at once
+LOG2E = tl.constexpr(1.4426950408889634)
+SUMS = tl.constexpr(8)  # of a part: maxima and sums of exp at 1, of student and teacher at T, the value's; the label's
 
 
 def chunk_losses(
@@ -36,17 +41,35 @@ def chunk_losses(
     `teacher` (n, W) are products too: its softcap is applied here.
     """
     n, columns = products.shape
-    numbers = torch.empty((4, n), dtype=torch.float32, device=products.device)
     known = products if teacher is None else teacher
-    shared = min(columns, known.shape[1])
-    _losses[(n,)](
-        products, known, labels, weights, parts, numbers, n, products.stride(0), known.stride(0), columns, shared,
-        mix.temperature, mix.beta if mix.divergence == "jsd" else mix.skew, head.softcap or 1.0, teacher_softcap or 1.0,
-        KIND=-1 if teacher is None else CODES[mix.divergence], T_IS_2=mix.temperature == 2, T_IS_1=mix.temperature == 1,
-        CAPPED=head.softcap is not None, TEACHER_CAPPED=teacher_softcap is not None,
-        EVEN=columns % BLOCK == 0 and shared == columns, BLOCK=BLOCK, num_warps=WARPS,
+    shared, slices = min(columns, known.shape[1]), triton.cdiv(columns, PART)
+    numbers = torch.empty((4, n), dtype=torch.float32, device=products.device)
+    sums, squares = numbers.new_empty((SUMS.value, n, slices)), numbers.new_empty((2, n, slices))
+    kind = -1 if teacher is None else CODES[mix.divergence]
+    mixed = numbers.new_empty((2, n, slices)) if kind > 1 else sums
+    same: dict[str, Any] = dict(
+        n=n, student_stride=products.stride(0), teacher_stride=known.stride(0), columns=columns, shared=shared,
+        temperature=mix.temperature, share=mix.beta if mix.divergence == "jsd" else mix.skew, cap=head.softcap or 1.0,
+        teacher_cap=teacher_softcap or 1.0, KIND=kind, CAPPED=head.softcap is not None,
+        TEACHER_CAPPED=teacher_softcap is not None, EVEN=columns % PART == 0 and shared == columns,
+        PART=PART, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
+    quick: dict[str, Any] = dict(T_IS_2=mix.temperature == 2, T_IS_1=mix.temperature == 1)
+    grid = (slices, n)
+    _sums[grid](products, known, labels, sums, **same, **quick)
+    if kind > 1:
+        _values[grid](products, known, sums, mixed, SLICES=_power(slices), **same)
+    _gradient[grid](
+        products, known, labels, weights, parts, sums, mixed, squares, numbers, SLICES=_power(slices), **same, **quick
+    )
+    norms = squares.sum(-1).sqrt_()
+    norms[0] *= mix.temperature
+    numbers[2:] = norms
     return products, numbers
+
+
+def _power(n: int) -> int:
+    return int(triton.next_power_of_2(n))
 
 
 @triton.jit
@@ -97,23 +120,21 @@ def _mixed(logp, logq, inside, share, KIND: tl.constexpr):
 
 
 @triton.jit
-def _losses(
-    student, teacher, labels, weights, parts, numbers, n, student_stride, teacher_stride, columns, shared,
-    temperature, share, cap, teacher_cap,
-    KIND: tl.constexpr, T_IS_2: tl.constexpr, T_IS_1: tl.constexpr, CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+def _sums(
+    student, teacher, labels, sums, n, student_stride, teacher_stride, columns, shared, temperature, share, cap,
+    teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, T_IS_2: tl.constexpr, T_IS_1: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    row = tl.program_id(1)
     srow, trow = student + row.to(tl.int64) * student_stride, teacher + row.to(tl.int64) * teacher_stride
-    label, weight = tl.load(labels + row), tl.load(weights + row)
     LINES: tl.constexpr = BLOCK // WIDE
-    lanes = tl.arange(0, LINES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    cold = 1.0 / temperature
+    lanes = tl.arange(0, LINES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :] + tl.program_id(0) * PART
+    cold = LOG2E / temperature
     none = tl.full((LINES,), float("-inf"), tl.float32)
     m, m_q, m_t = none, none, none
     z, z_q = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
     z_t, acc = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
-    for start in range(0, columns, BLOCK):
+    for start in range(0, PART, BLOCK):
         cols = start + lanes
         s = _read(srow, cols, columns, cap, CAPPED, EVEN)
         high = tl.maximum(m, tl.max(s, 1))
@@ -130,8 +151,9 @@ def _losses(
             base_q, base_t = high_q, high_t
             if not EVEN:
                 base_q, base_t = _finite(high_q), _finite(high_t)
-            e_q, e_t = tl.exp((s_q - base_q[:, None]) * cold), tl.exp((t - base_t[:, None]) * cold)
-            fade_q, fade_t = tl.exp((m_q - base_q) * cold), tl.exp((m_t - base_t) * cold)
+            e_q = tl.exp2(s_q * cold - (base_q * cold)[:, None])
+            e_t = tl.exp2(t * cold - (base_t * cold)[:, None])
+            fade_q, fade_t = tl.exp2((m_q - base_q) * cold), tl.exp2((m_t - base_t) * cold)
             z_q, z_t = z_q * fade_q + tl.sum(e_q, 1), z_t * fade_t + tl.sum(e_t, 1)
             if KIND == 0:
                 term = e_t * (t - s_q)
@@ -145,76 +167,144 @@ def _losses(
         elif KIND >= 0 and EVEN and T_IS_1:
             e = e_q
         else:
-            e = tl.exp(s - base[:, None])
-        z = z * tl.exp(m - base) + tl.sum(e, 1)
+            e = tl.exp2(s * LOG2E - (base * LOG2E)[:, None])
+        z = z * tl.exp2((m - base) * LOG2E) + tl.sum(e, 1)
         m = high
+    slices = tl.num_programs(0)
+    out, plane = sums + row * slices + tl.program_id(0), n * slices
     top = tl.max(m)
-    lse = top + tl.log(tl.sum(z * tl.exp(m - top)))
-    picked = tl.load(srow + tl.maximum(label, 0)).to(tl.float32)
-    if CAPPED:
-        picked = cap * (2 * tl.sigmoid(2 * picked / cap) - 1)
-    lse_q, lse_t, value, mean = 0.0, 0.0, 0.0, 0.0
+    tl.store(out, top)
+    tl.store(out + plane, tl.sum(z * tl.exp2((m - _finite(top)) * LOG2E)))
     if KIND >= 0:
         top_q, top_t = tl.max(m_q), tl.max(m_t)
-        share_q, share_t = tl.exp((m_q - top_q) * cold), tl.exp((m_t - top_t) * cold)
-        sum_q, sum_t = tl.sum(z_q * share_q), tl.sum(z_t * share_t)
-        lse_q, lse_t = top_q * cold + tl.log(sum_q), top_t * cold + tl.log(sum_t)
+        share_q, share_t = tl.exp2((m_q - _finite(top_q)) * cold), tl.exp2((m_t - _finite(top_t)) * cold)
+        tl.store(out + 2 * plane, top_q)
+        tl.store(out + 3 * plane, tl.sum(z_q * share_q))
+        tl.store(out + 4 * plane, top_t)
+        tl.store(out + 5 * plane, tl.sum(z_t * share_t))
         if KIND == 0:
-            value = tl.sum(acc * share_t) * cold / sum_t - lse_t + lse_q
+            tl.store(out + 6 * plane, tl.sum(acc * share_t))
         elif KIND == 1:
-            value = tl.sum(acc * share_q) * cold / sum_q - lse_q + lse_t
-            mean = value
+            tl.store(out + 6 * plane, tl.sum(acc * share_q))
+    if tl.program_id(0) == 0:
+        picked = tl.load(srow + tl.maximum(tl.load(labels + row), 0)).to(tl.float32)
+        if CAPPED:
+            picked = cap * (2 * tl.sigmoid(2 * picked / cap) - 1)
+        tl.store(out + 7 * plane, picked)
+
+
+@triton.jit
+def _together(out, plane, which, cold, slices, SLICES: tl.constexpr):
+    """log2 of a row's sum of exp over its parts, by parts' maxima in `which` and sums after it; the parts' shares."""
+    at = tl.arange(0, SLICES)
+    tops = tl.load(out + which * plane + at, mask=at < slices, other=float("-inf"))
+    part = tl.load(out + (which + 1) * plane + at, mask=at < slices, other=0.0)
+    top = tl.max(tops)
+    fades = tl.exp2((tops - top) * cold)
+    total = tl.sum(part * fades)
+    return top * cold + tl.log2(total), fades / total
+
+
+@triton.jit
+def _values(
+    student, teacher, sums, mixed, n, student_stride, teacher_stride, columns, shared, temperature, share, cap,
+    teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """A part's terms of a mixture's divergence and of the sum of q dD/dq."""
+    row, slices = tl.program_id(1), tl.num_programs(0)
+    srow, trow = student + row.to(tl.int64) * student_stride, teacher + row.to(tl.int64) * teacher_stride
+    LINES: tl.constexpr = BLOCK // WIDE
+    lanes = tl.arange(0, LINES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :] + tl.program_id(0) * PART
+    cold = LOG2E / temperature
+    lse_q, share_q = _together(sums + row * slices, n * slices, 2, cold, slices, SLICES)
+    lse_t, share_t = _together(sums + row * slices, n * slices, 4, cold, slices, SLICES)
+    values, weighteds = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
+    for start in range(0, PART, BLOCK):
+        cols = start + lanes
+        logq = (_read(srow, cols, shared, cap, CAPPED, EVEN) * cold - lse_q) / LOG2E
+        logp = (_read(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN) * cold - lse_t) / LOG2E
+        one, weighted, q = _mixed(logp, logq, cols < shared, share, KIND)
+        values, weighteds = values + tl.sum(one, 1), weighteds + tl.sum(weighted, 1)
+    out = mixed + row * slices + tl.program_id(0)
+    tl.store(out, tl.sum(values))
+    tl.store(out + n * slices, tl.sum(weighteds))
+
+
+@triton.jit
+def _gradient(
+    student, teacher, labels, weights, parts, sums, mixed, squares, numbers, n, student_stride, teacher_stride,
+    columns, shared, temperature, share, cap, teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
+    T_IS_2: tl.constexpr, T_IS_1: tl.constexpr,
+):  # fmt: skip
+    row, slices = tl.program_id(1), tl.num_programs(0)
+    srow, trow = student + row.to(tl.int64) * student_stride, teacher + row.to(tl.int64) * teacher_stride
+    label, weight = tl.load(labels + row), tl.load(weights + row)
+    LINES: tl.constexpr = BLOCK // WIDE
+    lanes = tl.arange(0, LINES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :] + tl.program_id(0) * PART
+    cold = LOG2E / temperature
+    at, own, plane = tl.arange(0, SLICES), sums + row * slices, n * slices
+    lse, share_s = _together(own, plane, 0, LOG2E, slices, SLICES)
+    lse_q, lse_t, value, mean = 0.0, 0.0, 0.0, 0.0
+    if KIND >= 0:
+        lse_q, share_q = _together(own, plane, 2, cold, slices, SLICES)
+        lse_t, share_t = _together(own, plane, 4, cold, slices, SLICES)
+        if KIND < 2:
+            acc = tl.load(own + 6 * plane + at, mask=at < slices, other=0.0)
+            if KIND == 0:
+                value = tl.sum(acc * share_t) / temperature - (lse_t - lse_q) / LOG2E
+            else:
+                value = tl.sum(acc * share_q) / temperature - (lse_q - lse_t) / LOG2E
+                mean = value
         else:
-            values, weighteds = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
-            for start in range(0, shared, BLOCK):
-                cols = start + lanes
-                logq = _read(srow, cols, shared, cap, CAPPED, EVEN) * cold - lse_q
-                logp = _read(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN) * cold - lse_t
-                one, weighted, _ = _mixed(logp, logq, cols < shared, share, KIND)
-                values, weighteds = values + tl.sum(one, 1), weighteds + tl.sum(weighted, 1)
-            value, mean = tl.sum(values), tl.sum(weighteds)
+            value = tl.sum(tl.load(mixed + row * slices + at, mask=at < slices, other=0.0))
+            mean = tl.sum(tl.load(mixed + plane + row * slices + at, mask=at < slices, other=0.0))
+    if tl.program_id(0) == 0:
+        tl.store(numbers + row, value * temperature * temperature)
+        tl.store(numbers + n + row, lse / LOG2E - tl.load(own + 7 * plane))
     kd_part, ce_part = tl.load(parts).to(tl.float32), tl.load(parts + 1).to(tl.float32)
     kd_scale, ce_scale = weight * kd_part * temperature, weight * ce_part
     kd_square, ce_square = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
-    blocks = tl.cdiv(columns, BLOCK)
-    for i in range(blocks):
-        cols = (blocks - 1 - i) * BLOCK + lanes
+    for start in range(0, PART, BLOCK):
+        cols = start + lanes
         s = _read(srow, cols, columns, cap, CAPPED, EVEN)
         if KIND >= 0:
             s_q = s if EVEN else tl.where(cols < shared, s, float("-inf"))
             t = _read(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN)
             logq, logp = s_q * cold - lse_q, t * cold - lse_t
             if KIND == 0:
-                q = tl.exp(logq)
-                slope = q - tl.exp(logp)
+                q = tl.exp2(logq)
+                slope = q - tl.exp2(logp)
             elif KIND == 1:
-                q = tl.exp(logq)
-                slope = q * (logq - logp - mean)
+                q = tl.exp2(logq)
+                slope = q * ((logq - logp) / LOG2E - mean)
                 slope = slope if EVEN else tl.where(cols < shared, slope, 0.0)
             else:
-                _, weighted, q = _mixed(logp, logq, cols < shared, share, KIND)
+                one, weighted, q = _mixed(logp / LOG2E, logq / LOG2E, cols < shared, share, KIND)
                 slope = weighted - q * mean
             kd_square += tl.sum(slope * slope, 1)
         if KIND >= 0 and EVEN and T_IS_2:
-            q = q * tl.exp(lse_q - 0.5 * lse)
+            q = q * tl.exp2(lse_q - 0.5 * lse)
             hard = q * q
         elif KIND >= 0 and EVEN and T_IS_1:
             hard = q
         else:
-            hard = tl.exp(s - lse)
-        hard = tl.where(cols == label, hard - 1, hard)
+            hard = tl.exp2(s * LOG2E - lse)
+        begin = tl.program_id(0) * PART + start
+        if (label >= begin) & (label < begin + BLOCK):
+            hard = tl.where(cols == label, hard - 1, hard)
         ce_square += tl.sum(hard * hard, 1)
         grad = ce_scale * hard
         if KIND >= 0:
             grad += kd_scale * slope
         if CAPPED:
             grad *= 1 - (s / cap) * (s / cap)
-        grad = tl.where(weight == 0, 0.0, grad)  # a masked position may hold anything, NaN as well
+        if weight == 0:  # a masked position may hold anything, NaN as well
+            grad = tl.zeros_like(grad)
         if EVEN:
             tl.store(srow + cols, grad.to(student.dtype.element_ty))
         else:
             tl.store(srow + cols, grad.to(student.dtype.element_ty), mask=cols < columns)
-    tl.store(numbers + row, value * temperature * temperature)
-    tl.store(numbers + n + row, lse - picked)
-    tl.store(numbers + 2 * n + row, tl.sqrt(tl.sum(kd_square)) * temperature)
-    tl.store(numbers + 3 * n + row, tl.sqrt(tl.sum(ce_square)))
+    tl.store(squares + row * slices + tl.program_id(0), tl.sum(kd_square))
+    tl.store(squares + plane + row * slices + tl.program_id(0), tl.sum(ce_square))

@@ -1,0 +1,92 @@
+"""The engine's own trainer on states of the teacher."""
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tasks.core.job import Job
+from tasks.distill import DistillConfig
+from tasks.distill.lessons import Lessons
+from tasks.distill.run import objective
+from tasks.distill.states.store import Kept, States
+from tasks.distill.states.teacher import Ask, remember_rows
+from tasks.distill.teachers import Remembered
+from tasks.engine.chat import Example
+from tasks.engine.losses import Mix
+from tasks.engine.plan import Plan
+from tasks.engine.trainer import train
+from tests.benchmarks.distill.shapes import CE, DEVICE, KD, SHAPES, T, fresh, model, peak_gib, sync
+
+
+def states_of(rows: list[Example], directory: Path) -> tuple[States, float]:
+    """The teacher run once over the rows, and the seconds it took, from its loading on the device to the files."""
+    config = DistillConfig().states
+    teacher = model("teacher", torch.bfloat16 if DEVICE == "cuda" else torch.float32).eval()
+    dtype = str(teacher.dtype).removeprefix("torch.")
+    kept = Kept(SHAPES["teacher"][0], dtype)
+    job = Job(directory / "job")
+    sync()
+    start = time.perf_counter()
+    found = remember_rows(Ask(lambda: teacher, "bench", kept, config), rows, None, directory / "states", job)
+    return found, time.perf_counter() - start
+
+
+def ours(
+    states: States, rows: list[Example], steps: int, batch: int, micro: int, validation: list[Example] | None = None,
+    student: Callable[[], Any] | None = None, layers: str = "ours", **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A run of the engine's trainer: ms a step by its event times, peak GiB, the plan and its model.
+
+    `layers` "transformers" keeps the model's own layers where ours would fit.
+    """
+    fresh()
+    settings = dict(epochs=1, batch_size=batch, micro_batch_size=micro, max_steps=steps, learning_rate=1e-4,
+                    warmup_ratio=0, save_every_seconds=1e9, scheduler="constant", compile="off") | settings  # fmt: skip
+    config = DistillConfig(**settings)
+    everything = [*rows, *(validation or [])]
+    lessons = Lessons(rows, Remembered(states, everything, T))
+    with tempfile.TemporaryDirectory() as work:
+        job = Job(Path(work))
+        plan = Plan(
+            build=student or (lambda: model("student", torch.float32)), examples=rows, validation=validation or [],
+            objective=objective(lessons, Mix(KD, CE, T), None, config.loss_chunk_mib << 20), config=config, job=job,
+            made_by="bench", enrich=lessons.taught.enrich,
+        )  # fmt: skip
+        with no_checkpoints(), no_stack() if layers == "transformers" else contextlib.nullcontext():
+            start = time.perf_counter()
+            trained, history = train(plan)
+            whole = time.perf_counter() - start
+        peak = peak_gib()
+        told = [json.loads(line) for line in (Path(work) / "events.jsonl").read_text().splitlines()]
+    times = [e["time"] for e in told if e["event"] == "metrics" and "grad_norm" in e["values"]]
+    skip = min(len(times) - 2, max(3, len(times) // 3))
+    mean = (times[-1] - times[skip]) / (len(times) - 1 - skip)
+    gaps = sorted(b - a for a, b in zip(times[skip:], times[skip + 1 :], strict=False))
+    return {"ms": mean * 1e3, "median": gaps[len(gaps) // 2] * 1e3, "peak": peak, "plan": plan, "model": trained,
+            "times": times, "history": history, "first": times[skip] - times[0], "whole": whole}  # fmt: skip
+
+
+@contextlib.contextmanager
+def no_checkpoints() -> Any:
+    """The last step's checkpoint is left out: 4 GB of random weights."""
+    from tasks.engine import checkpoint
+
+    written, checkpoint.write = checkpoint.write, lambda *_, **__: Path()
+    yield
+    checkpoint.write = written
+
+
+@contextlib.contextmanager
+def no_stack() -> Any:
+    """The model's own layers."""
+    from tasks.engine import graphs
+
+    stack, graphs.Stack = graphs.Stack, type("Stack", (), {"of": staticmethod(lambda *_: None)})  # type: ignore[misc]
+    yield
+    graphs.Stack = stack  # type: ignore[misc]
