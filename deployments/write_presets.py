@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from flows.ablation import AblationConfig
 from flows.audit import AuditConfig
 from flows.bakeoff import BakeoffFlowConfig
 from flows.config import FlowConfig, PipelineConfig
@@ -38,26 +39,37 @@ FLOWS: dict[str, tuple[str, type[FlowConfig]]] = {
     "audit": ("audit", AuditConfig),
     "quantize": ("quantize", QuantizeConfig),
     "bakeoff": ("bakeoff", BakeoffFlowConfig),
+    "ablation": ("ablation", AblationConfig),
 }
+
+QUICKSTART_TRAINING: dict[str, Any] = {
+    **QUICKSTART_DATA,
+    "text": f"{QUICKSTART}/data/general.txt",
+    "teacher_base": f"{QUICKSTART}/teacher",
+    "student_base": f"{QUICKSTART}/student",
+    "teacher": {
+        "rank": 32, "alpha": 64, "dropout": 0.2, "learning_rate": 2e-3, "scheduler": "linear",
+        "warmup_ratio": 0.04, "max_steps": 260, "batch_size": 16, "micro_batch_size": 16, "max_length": 256,
+    },
+    "student": {
+        "method": "lora", "rank": 32, "alpha": 64, "learning_rate": 3e-3, "scheduler": "linear",
+        "warmup_ratio": 0.06, "max_steps": 150, "micro_batch_size": 16, "max_length": 256,
+    },
+}  # fmt: skip
+QUICKSTART_EVALUATION = {"max_new_tokens": 72, "batch_size": 128, "threads": 2}
 
 # name: (what it is for, the settings that differ from the defaults)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "quickstart": (
         "The quickstart: two tiny Gemma-3 bases and 1 900 manufacturing-audit commands, on a CPU, in minutes.",
         {
-            **QUICKSTART_DATA,
-            "text": f"{QUICKSTART}/data/general.txt",
-            "teacher_base": f"{QUICKSTART}/teacher",
-            "student_base": f"{QUICKSTART}/student",
-            "teacher": {
-                "rank": 32, "alpha": 64, "dropout": 0.2, "learning_rate": 2e-3, "scheduler": "linear",
-                "warmup_ratio": 0.04, "max_steps": 260, "batch_size": 16, "micro_batch_size": 16, "max_length": 256,
+            **QUICKSTART_TRAINING,
+            "outliers": {"calibration_rows": 64, "measured_rows": 8},
+            "evaluate": {
+                **QUICKSTART_EVALUATION, "constrained_rows": 32, "latency_rows": 8, "perplexity_rows": 64,
+                "text_tokens": 4096,
             },
-            "student": {
-                "method": "lora", "rank": 32, "alpha": 64, "learning_rate": 3e-3, "scheduler": "linear",
-                "warmup_ratio": 0.06, "max_steps": 150, "micro_batch_size": 16, "max_length": 256,
-            },
-            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "threads": 2, "constrained_rows": 64},
+            "gate": {"student_points": 8},
         },
     ),
     "gemma-3-16gb": (
@@ -105,7 +117,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **QUICKSTART_DATA,
             "model": f"{QUICKSTART}/student",
-            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "threads": 2},
+            "evaluate": QUICKSTART_EVALUATION,
         },
     ),
     "bakeoff": (
@@ -115,6 +127,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "model": f"{QUICKSTART}/student",
             "evaluate": {"max_new_tokens": 72, "batch_size": 128, "latency_rows": 0, "perplexity_rows": 0},
         },
+    ),
+    "ablation": (
+        "The quickstart's student trained four ways: with and without the teacher, on NF4, from a clipped teacher.",
+        {**QUICKSTART_TRAINING, "evaluate": {**QUICKSTART_EVALUATION, "latency_rows": 0}},
     ),
 }  # fmt: skip
 

@@ -48,6 +48,11 @@ def kinds_once(files: list[GgufConfig]) -> None:
         raise ValueError(f"gguf names a kind twice: {', '.join(kinds)}")
 
 
+def without_teacher(student: DistillConfig) -> FineTuneConfig:
+    """A student's training settings without those of distillation."""
+    return FineTuneConfig.model_validate(student.model_dump(include=set(FineTuneConfig.model_fields)))
+
+
 class PipelineConfig(FlowConfig):
     """JSONL in, proven GGUF out. Presets with every field are in `deployments/presets/`."""
 
@@ -107,5 +112,4 @@ class PipelineConfig(FlowConfig):
     @property
     def direct_config(self) -> FineTuneConfig:
         """The student's training settings without those of distillation."""
-        shared = self.student.model_dump(include=set(FineTuneConfig.model_fields))
-        return FineTuneConfig.model_validate(shared)
+        return without_teacher(self.student)

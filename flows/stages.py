@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from tasks.core.mlflow_run import Run
 from tasks.core.settings import Settings
+from tasks.core.shell import used_as
 from tasks.core.store import open_store
 from tasks.core.tracking import Tracker, tracker
 
@@ -44,7 +45,8 @@ class Stages:
     def __call__(self, name: str, task: "Task[P, R]", *arguments: P.args, **options: P.kwargs) -> R:
         """The task's result; its name, seconds and whether it came from the cache are kept in `records`."""
         start = time.monotonic()
-        state = task(*arguments, return_state=True, **options)
+        with used_as(name):
+            state = task(*arguments, return_state=True, **options)
         seconds = round(time.monotonic() - start, 3)
         self.records.append({"name": name, "seconds": seconds, "cached": state.name == "Cached"})
         return state.result()  # raises what the task raised

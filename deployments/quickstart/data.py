@@ -1,10 +1,11 @@
 """Make the quickstart's rows: commands of a manufacturing audit and the JSON that answers them, seeded.
 
-    python -m deployments.quickstart.data                # writes data/train.jsonl and data/test.jsonl beside this file
+    python -m deployments.quickstart.data         # writes train.jsonl, validation.jsonl and test.jsonl into data/
 
-The test file is held out three ways: every open entity value (ids, names, parts, places, numbers, dates) comes from a
-pool that training never draws from, half of its commands use wordings that training never uses, and its
-out-of-scope questions are new, some on topics training never touches.
+Validation and test are held out three ways: every open entity value (ids, names, parts, places, numbers, dates) comes
+from a pool that training never draws from, half of their commands use wordings that training never uses, and their
+out-of-scope questions are new, some on topics training never touches. They are two draws from the same pools and share
+no row: settings are picked on validation, scores are those of test.
 """
 
 import json
@@ -12,13 +13,18 @@ import random
 import re
 import string
 from pathlib import Path
+from typing import Literal
 
 from deployments.quickstart import out_of_scope, values, wordings
 
 TRAIN_ROWS, TRAIN_OUT_OF_SCOPE = 1900, 330
-TEST_ROWS, TEST_OUT_OF_SCOPE = 440, 110
+HELD_OUT_ROWS, HELD_OUT_OUT_OF_SCOPE = 440, 110
 MIXED = ("issue", "component", "part", "defect", "hazard", "task")
 HERE = Path(__file__).parent / "data"
+Split = Literal["train", "validation", "test"]
+SEEDS: dict[Split, str] = {
+    "train": "quickstart train", "validation": "quickstart test", "test": "quickstart test again",
+}  # fmt: skip
 
 
 def number(rng: random.Random, low: int, high: int, test: bool) -> int:
@@ -138,34 +144,38 @@ def off_topic(rng: random.Random, test: bool) -> dict[str, str]:
     return {"instruction": text + closer, "input": "", "output": answer("out_of_scope", {})}
 
 
-def rows(test: bool) -> list[dict[str, str]]:
+def rows(split: Split) -> list[dict[str, str]]:
     """All rows of one file, unique by command, shuffled; the same every time."""
-    rng = random.Random("quickstart test" if test else "quickstart train")
-    total, off = (TEST_ROWS, TEST_OUT_OF_SCOPE) if test else (TRAIN_ROWS, TRAIN_OUT_OF_SCOPE)
+    rng, test = random.Random(SEEDS[split]), split != "train"
+    total, off = (HELD_OUT_ROWS, HELD_OUT_OUT_OF_SCOPE) if test else (TRAIN_ROWS, TRAIN_OUT_OF_SCOPE)
+    taken = {row["instruction"] for row in rows("validation")} if split == "test" else set()
     found: dict[str, dict[str, str]] = {}
+
+    def add(row: dict[str, str]) -> None:
+        if row["instruction"] not in taken:
+            found.setdefault(row["instruction"], row)
+
     while len(found) < off:
-        row = off_topic(rng, test)
-        found.setdefault(row["instruction"], row)
+        add(off_topic(rng, test))
     intents = list(wordings.INTENTS)
     while len(found) < total:
-        row = command(rng, intents[len(found) % len(intents)], test)
-        found.setdefault(row["instruction"], row)
+        add(command(rng, intents[len(found) % len(intents)], test))
     result = list(found.values())
     rng.shuffle(result)
     return result
 
 
-def jsonl(test: bool) -> str:
-    """The text of train.jsonl or test.jsonl."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(test))
+def jsonl(split: Split) -> str:
+    """The text of the split's file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(split))
 
 
 def main() -> None:
-    """Write both files and say how many rows they have."""
+    """Write the files and say how many rows they have."""
     HERE.mkdir(exist_ok=True)
-    for name, test in (("train", False), ("test", True)):
-        (HERE / f"{name}.jsonl").write_text(jsonl(test), encoding="utf-8")
-        print(f"{name}.jsonl: {len(rows(test))} rows")
+    for split in SEEDS:
+        (HERE / f"{split}.jsonl").write_text(jsonl(split), encoding="utf-8")
+        print(f"{split}.jsonl: {len(rows(split))} rows")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def render(summary: Mapping[str, Any], gathered: Gathered) -> str:
     evaluations, facts = gathered.evaluations, summary["evaluations"]
     files = [row["name"] for row in summary["models"] if row["stage"] == "gguf"]
     pairs = [("teacher", "student"), *(("student", name) for name in files)]
+    pairs = list(dict.fromkeys((one["from"], one["to"]) for one in summary.get("comparisons", []))) or pairs
     return environment.from_string(template).render(
         summary=summary, gathered=gathered, by_name=by_name,
         scores=_columns(TITLES, [{**one.scores["rates"], **one.scores["means"]} for one in evaluations]),

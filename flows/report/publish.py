@@ -28,15 +28,18 @@ def publish(
     scores: dict[str, ReportRef],
     shown: Mapping[str, AnyRef],
     gate: ReportRef | None = None,
+    kinds: Mapping[str, str] = STAGE_OF,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the report's directory, logs it to MLflow and Prefect, and returns the summary.
 
     `summary.json` is a contract: `models` (rates as fractions, bytes, tokens per second), `evaluations` (all facts by
     name), `gate`, `dataset`, `stages` (name, seconds, cached), `flow_run_id`, `mlflow_run_id`. Beside it lie
     `index.html`, which needs no other file, and `predictions/<model>.jsonl`, which `flows.compare` reads. `shown` are
-    the artifacts whose pictures and loss curves the page has.
+    the artifacts whose pictures and loss curves the page has; `kinds` says which of the page's colours a model has (a
+    GGUF file's where it says nothing); `more` is put into the summary (`comparisons`: see `flows.ablation`).
     """
-    rows = [_row(name, ref) for name, ref in scores.items()]
+    rows = [_row(name, ref, kinds.get(name, "gguf")) for name, ref in scores.items()]
     summary: dict[str, Any] = {
         "models": rows,
         "evaluations": {name: {"digest": ref.digest, **ref.facts} for name, ref in scores.items()},
@@ -45,6 +48,7 @@ def publish(
         "stages": run.records,
         "flow_run_id": run.flow_run_id,
         "mlflow_run_id": run.mlflow.run_id,
+        **(more or {}),
     }
     gathered = gather(run.settings, scores, shown, gate)
     directory = write_report(run.settings.root / "reports" / str(flow_run.get_name()), summary, gathered)
@@ -77,11 +81,11 @@ def _write_predictions(evaluation: Evaluation, path: Path) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions)
 
 
-def _row(name: str, ref: ReportRef) -> dict[str, Any]:
+def _row(name: str, ref: ReportRef, kind: str) -> dict[str, Any]:
     facts = ref.facts
     return {
         "name": name,
-        "stage": STAGE_OF.get(name, "gguf"),
+        "stage": kind,
         "format": facts["format"],
         "bytes": facts["bytes"],
         **{rate: facts.get(rate) for rate in RATES},

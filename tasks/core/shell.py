@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -33,6 +34,17 @@ AnyRef = FilesRef | DatasetRef | ModelRef | AdapterRef | GgufRef | ReportRef
 Input = AnyRef | Mapping[str, AnyRef] | None
 MOST_RUNGS = 16  # a training's ladder ends before, with its own error; other stages only halve their batch
 R = TypeVar("R", DatasetRef, ModelRef, AdapterRef, GgufRef, ReportRef)
+_USE: ContextVar[str | None] = ContextVar("use", default=None)
+
+
+@contextmanager
+def used_as(name: str) -> Iterator[None]:
+    """What a flow calls its use of a stage instead of the task's own label, so that two uses are two MLflow runs."""
+    token = _USE.set(name)
+    try:
+        yield
+    finally:
+        _USE.reset(token)
 
 
 def run_stage(
@@ -46,10 +58,12 @@ def run_stage(
 ) -> R:
     """Runs `python -m tasks.<stage>.run` on `inputs`, or finds its output made before, and returns a `kind` ref.
 
-    `label` names this use of the stage in MLflow and Prefect ("evaluate student"); `fields` are further fields of
-    the ref. `helps` are inputs that save work and do not decide the output: they are not in its key. A cache hit is a
-    Prefect state named `Cached`, which Prefect unwraps. Raises the typed errors of `tasks.core.errors`.
+    `label` names this use of the stage in MLflow and Prefect ("evaluate student") where `used_as` does not; `fields`
+    are further fields of the ref. `helps` are inputs that save work and do not decide the output: they are not in its
+    key. A cache hit is a Prefect state named `Cached`, which Prefect unwraps. Raises the typed errors of
+    `tasks.core.errors`.
     """
+    label = _USE.get() or label
     settings = Settings()
     store = open_store(settings.store_uri)
     given = {name: value for name, value in inputs.items() if value}

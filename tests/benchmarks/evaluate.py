@@ -3,9 +3,10 @@
     python -m tests.benchmarks.evaluate quickstart [--rows 400] [--bare]   # the models of the last `make demo`
     python -m tests.benchmarks.evaluate loop [--rows 256] [--shape 270m]   # random weights of a real shape; a GPU
 
-`quickstart` runs the evaluate stage on every model in the store below .stillhouse, one after the other in one process,
-as the pipeline does with its warm start; `--bare` asks each row once, and nothing else. `loop` answers the same prompts
-with `generate`, one row at a time (some of them), in batches, and with the stage's refilled slots.
+`quickstart` runs the evaluate stage on every model in the store (below STILLHOUSE_HOME, or .stillhouse), one after the
+other in one process, as the pipeline does with its warm start; `--bare` asks each row once, and nothing else. `loop`
+answers the same prompts with `generate`, one row at a time (some of them), in batches, and with the stage's refilled
+slots.
 """
 
 import argparse
@@ -20,12 +21,13 @@ import torch
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tasks.core.settings import Settings
 from tasks.core.store import open_store
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.asked import Asked
 from tasks.evaluate.decode import decode
 
-HOME = Path(".stillhouse").absolute()
+HOME = Settings().root
 BASES = Path("deployments/quickstart")
 SHAPES: dict[str, dict[str, int]] = {
     "270m": {"hidden_size": 640, "num_hidden_layers": 18, "intermediate_size": 2048, "num_attention_heads": 4},
@@ -58,7 +60,11 @@ def quickstart(rows: int, bare: bool) -> None:
     jobs["student"] = (ModelDir(BASES / "student", newest("distill")[-1][1]), None)
     jobs["merged"] = (merged, None)
     jobs |= {ref["facts"]["format"]: (merged, path) for ref, path in newest("gguf")}
-    less = {"latency_rows": 0, "perplexity_rows": 0, "text_tokens": 0} if bare else {"constrained_rows": 64}
+    less = (
+        {"latency_rows": 0, "perplexity_rows": 0, "text_tokens": 0}
+        if bare
+        else {"constrained_rows": 32, "latency_rows": 8}
+    )
     config = EvaluateConfig(max_new_tokens=72, batch_size=128, limit_rows=rows, threads=2, **less)
     total = 0.0
     print("| model | seconds | of it answering | tokens/s | exact match |\n|---|---|---|---|---|")

@@ -20,20 +20,29 @@ from tests.prefect_server import PrefectServer
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 
-@pytest.fixture
-def worker(prefect_server: PrefectServer, s3: Bucket, tmp_path: Path) -> Iterator[None]:
-    """The deployments on a process pool, and a worker that keeps its artifacts in S3."""
-    environment = os.environ | prefect_server.environment | {
-        "STILLHOUSE_ROOT": str(ROOT), "STILLHOUSE_HOME": str(tmp_path / "home"), "STILLHOUSE_STORE": s3.uri,
-        "PREFECT_WORKER_QUERY_SECONDS": "1", "STILLHOUSE_GPU_SLOT": "gpu-worker",
-    }  # fmt: skip
+@pytest.fixture(scope="module")
+def deployed(prefect_server: PrefectServer) -> dict[str, str]:
+    """The deployments on a process pool; the variables to work with them."""
+    variables = prefect_server.environment | {"STILLHOUSE_ROOT": str(ROOT)}
 
     def prefect(*arguments: str) -> None:
-        done = subprocess.run([*PREFECT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [*PREFECT, *arguments], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
     prefect("work-pool", "create", "stillhouse", "--type", "process", "--overwrite")
     prefect("deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+    return variables
+
+
+@pytest.fixture
+def worker(deployed: dict[str, str], s3: Bucket, tmp_path: Path) -> Iterator[None]:
+    """A worker that keeps its artifacts in S3."""
+    environment = os.environ | deployed | {
+        "STILLHOUSE_HOME": str(tmp_path / "home"), "STILLHOUSE_STORE": s3.uri,
+        "PREFECT_WORKER_QUERY_SECONDS": "1", "STILLHOUSE_GPU_SLOT": "gpu-worker",
+    }  # fmt: skip
     log = (tmp_path / "worker.log").open("wb")
     process = subprocess.Popen(
         [*PREFECT, "worker", "start", "--pool", "stillhouse"],
@@ -54,7 +63,9 @@ def create(server: PrefectServer, config: dict[str, Any], key: str) -> httpx.Res
 def test_a_run_made_over_rest_completes_on_s3(
     worker: None, prefect_server: PrefectServer, s3: Bucket, tmp_path: Path
 ) -> None:
-    config = settings(tmp_path)
+    few = {"max_new_tokens": 4, "limit_rows": 4, "latency_rows": 0, "perplexity_rows": 0}
+    files = [{"kind": "Q8_0", "proof_rows": 4, "min_top1": 0.5}]
+    config = settings(tmp_path, direct=False, gguf=files, evaluate=few)
     misspelt = create(prefect_server, {**config, "teachr_base": "x"}, "wrong")
     assert misspelt.status_code == 409 and "teachr_base" in misspelt.text
     nested = create(prefect_server, {**config, "teacher": {"rnak": 4}}, "wrong-too")
@@ -77,13 +88,13 @@ def test_a_run_made_over_rest_completes_on_s3(
     assert not (tmp_path / "home" / "store").exists()
 
 
-def test_the_nightly_schedule_is_off_until_switched_on(worker: None, prefect_server: PrefectServer) -> None:
+def test_the_nightly_schedule_is_off_until_switched_on(deployed: dict[str, str], prefect_server: PrefectServer) -> None:
     nightly = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/nightly").json()
     assert [schedule["active"] for schedule in nightly["schedules"]] == [False]
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
     written = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
     names = {one["name"] for one in written["deployments"]}
-    assert names == {"manual", "nightly", "api", "audit", "quantize", "bakeoff"}
+    assert names == {"manual", "nightly", "api", "audit", "quantize", "bakeoff", "ablation"}
     audit = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse-audit/audit").json()
     assert "OutlierConfig" in audit["parameter_openapi_schema"]["definitions"]
     manual = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/manual").json()

@@ -21,12 +21,12 @@ def values(rows: list[dict[str, str]]) -> set[tuple[str, str]]:
     return {(key, value) for pairs in found for key, value in pairs if key not in CLOSED}
 
 
-@pytest.mark.parametrize(("name", "test"), [("train", False), ("test", True)])
-def test_generator_reproduces_the_file(name: str, test: bool) -> None:
-    assert (ROOT / "data" / f"{name}.jsonl").read_bytes() == data.jsonl(test).encode()
+@pytest.mark.parametrize("name", data.SEEDS)
+def test_generator_reproduces_the_file(name: data.Split) -> None:
+    assert (ROOT / "data" / f"{name}.jsonl").read_bytes() == data.jsonl(name).encode()
 
 
-@pytest.mark.parametrize(("name", "least", "off"), [("train", 1900, 330), ("test", 440, 110)])
+@pytest.mark.parametrize(("name", "least", "off"), [("train", 1900, 330), ("validation", 440, 110), ("test", 440, 110)])
 def test_counts(name: str, least: int, off: int) -> None:
     rows = load(name)
     assert len({row["instruction"] for row in rows}) == len(rows) >= least
@@ -34,17 +34,18 @@ def test_counts(name: str, least: int, off: int) -> None:
 
 
 def test_answers_copy_their_commands_in_a_fixed_key_order() -> None:
-    for row in load("train") + load("test"):
+    for row in load("train") + load("validation") + load("test"):
         answer = json.loads(row["output"])
         assert json.dumps(answer) == row["output"] and row["input"] == ""
         assert tuple(answer["entities"]) == wordings.INTENTS.get(answer["intent"], ())
         assert all(value in row["instruction"] for value in answer["entities"].values())
 
 
-def test_test_rows_and_their_open_values_are_new() -> None:
-    train, test = load("train"), load("test")
-    assert not {row["instruction"] for row in train} & {row["instruction"] for row in test}
-    assert not values(train) & values(test)
+def test_held_out_rows_and_their_open_values_are_new() -> None:
+    train, validation, test = load("train"), load("validation"), load("test")
+    assert not values(train) & values(validation + test)
+    files = [{row["instruction"] for row in rows} for rows in (train, validation, test)]
+    assert len(set.union(*files)) == sum(map(len, files))
 
 
 def test_held_out_wordings_are_new() -> None:
@@ -59,7 +60,7 @@ def test_pretraining_text_holds_no_row_and_no_intent() -> None:
     rng = random.Random(1)
     text = "".join(piece for _ in range(3000) for piece, _ in pretrain_text.document(rng))
     assert not any(f'"{intent}"' in text for intent in [*wordings.INTENTS, "out_of_scope"])
-    assert not any(row["instruction"] in text for row in load("train") + load("test"))
+    assert not any(row["instruction"] in text for name in data.SEEDS for row in load(name))
 
 
 @pytest.mark.parametrize(("which", "low", "high"), [("teacher", 3e6, 5e6), ("student", 1e6, 1.5e6)])

@@ -217,6 +217,8 @@ def test_perplexity_is_that_of_plain_forward_passes(pico: Pico, tmp_path: Path) 
     nats = -sum(float(loss[range(len(one) - 1), one[1:]].sum()) for loss, one in zip(losses, windows, strict=True))
     assert report.facts["general_perplexity"] == pytest.approx(np.exp(nats / 600), rel=1e-4)
     assert json.loads((tmp_path / "hf/scores.json").read_text())["perplexity"]["general"]["tokens"] == 600
+    file = run(pico, tmp_path / "llama", gguf=pico.gguf, text=text, text_tokens=600, limit_rows=8)
+    assert file.facts["general_perplexity"] == pytest.approx(np.exp(nats / 600), rel=1e-3)
     with pytest.raises(BadData, match="holds no text"):
         run(pico, tmp_path / "none", text=pico.dataset, limit_rows=2)
 
@@ -229,7 +231,7 @@ def test_an_answer_ends_where_it_is_whole(pico: Pico, tmp_path: Path) -> None:
     short = asked._replace(whole=lambda ids: len(ids) == 3)
     answers = []
     for one in (asked, short):
-        with hf_engine(ModelDir(pico.model), tokenizer, one, False, Job(tmp_path)) as engine:
+        with hf_engine(ModelDir(pico.model), tokenizer, one, "original", Job(tmp_path)) as engine:
             answers.append(engine.answer(range(9)))
     with llama_engine(pico.gguf / "model.gguf", short, Job(tmp_path)) as engine:
         answers.append(engine.answer(range(9)))
@@ -240,14 +242,20 @@ def test_an_answer_ends_where_it_is_whole(pico: Pico, tmp_path: Path) -> None:
     assert tokenizer.decode(cut(ids, asked._replace(whole=whole))).strip() == '{"a": {"b": "}"}}'
 
 
-def test_four_bits(pico: Pico, tmp_path: Path) -> None:
-    report = run(pico, tmp_path / "nf4", limit_rows=4, four_bit=True, perplexity_rows=4)
+def test_four_and_eight_bits(pico: Pico, tmp_path: Path) -> None:
     plain = run(pico, tmp_path / "plain", limit_rows=4, perplexity_rows=4)
-    assert report.facts["format"] == "nf4" and plain.facts["format"] == "bfloat16"
-    parameters = [json.loads((tmp_path / n / "scores.json").read_text())["parameters"] for n in ("nf4", "plain")]
-    assert parameters[0]["parameters"] == parameters[1]["parameters"] and parameters[0]["stored_as"]["nf4"] > 100_000
-    ratio = report.facts["held_out_perplexity"] / plain.facts["held_out_perplexity"]  # type: ignore[operator]
-    assert ratio == pytest.approx(1, rel=0.3) and ratio != 1
+    assert plain.facts["format"] == "bfloat16"
+    sizes = [int(plain.facts["bytes"])]
+    for name, near in (("int8", 0.05), ("nf4", 0.3)):
+        report = run(pico, tmp_path / name, limit_rows=4, load_in=name, perplexity_rows=4)
+        assert report.facts["format"] == name
+        parameters = [json.loads((tmp_path / n / "scores.json").read_text())["parameters"] for n in (name, "plain")]
+        assert parameters[0]["parameters"] == parameters[1]["parameters"]
+        assert parameters[0]["stored_as"][name] > 100_000
+        ratio = report.facts["held_out_perplexity"] / plain.facts["held_out_perplexity"]  # type: ignore[operator]
+        assert ratio == pytest.approx(1, rel=near) and ratio != 1, name
+        sizes.append(parameters[0]["stored_bytes"])
+    assert sizes[1] > sizes[2]
 
 
 def _copy(file: Path, directory: Path) -> Path:

@@ -48,7 +48,7 @@ def test_every_field_has_help_for_the_form() -> None:
 
 def test_importing_the_flows_loads_no_torch() -> None:
     heavy = ["torch", "transformers", "datasets", "peft", "numpy", "mlflow.pyfunc", "matplotlib"]
-    flows = "flows.pipeline, flows.audit, flows.quantize, flows.bakeoff"
+    flows = "flows.pipeline, flows.audit, flows.quantize, flows.bakeoff, flows.ablation"
     code = f"import {flows}, sys; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -1,12 +1,14 @@
-"""The other orders of the same stages, for real: audit, quantize, bake-off, on the quickstart's bases."""
+"""The other orders of the same stages, for real: audit, quantize, bake-off, ablation, on the quickstart's bases."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
+from mlflow import MlflowClient
 
-from tests.flows.pico_run import QUICKSTART, Home
+from flows.ablation import ARMS, PAIRS
+from tests.flows.pico_run import QUICKSTART, TRAINING, Home
 from tests.prefect_server import PrefectServer
 
 OUTLIERS = {"calibration_rows": 8, "measured_rows": 4, "sample_values": 4096}
@@ -68,3 +70,30 @@ def test_a_bake_off_joins_libraries_and_files_in_one_table(tmp_path: Path, prefe
     assert "skipped" in rows["quanto-int8"] or rows["quanto-int8"]["mean_kl"] > 0  # the library is no dependency
     assert rows["GGUF Q8_0 + imatrix"]["bytes"] < rows["none"]["bytes"]
     assert "happened" in output and (report(run) / "bakeoff.png").stat().st_size > 10_000
+
+
+def test_an_ablation_compares_four_students_pair_by_pair(tmp_path: Path, prefect_server: PrefectServer) -> None:
+    few = {"max_new_tokens": 6, "latency_rows": 0, "perplexity_rows": 4, "limit_rows": 6}
+    run = Home(
+        tmp_path, prefect_server, "ablation", train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"),
+        teacher_base=str(QUICKSTART / "teacher"), student_base=str(QUICKSTART / "student"), evaluate=few,
+        teacher=TRAINING, student={**TRAINING, "method": "lora", "learning_rate": 1e-3}, clip_percentile=60,
+    )  # fmt: skip
+    output = run.run()
+    assert "What each step changes" in output
+    summary = run.summary
+    names = [row["name"] for row in summary["models"]]
+    assert names == ["student-base", "teacher", "teacher clipped", "SFT", "KD", "SFT NF4", "KD clipped",
+                     "SFT as NF4", "KD as NF4", "SFT NF4 as NF4"]  # fmt: skip
+    assert {(one["from"], one["to"]) for one in summary["comparisons"]} == set(PAIRS.values())
+    perplexities = [summary["evaluations"][name]["held_out_perplexity"] for name in names]
+    assert len(set(perplexities)) == len(names), "every arm is a model of its own"
+    formats = {row["name"]: row["format"] for row in summary["models"]}
+    assert formats["KD"] == "bfloat16" and formats["KD as NF4"] == "nf4" and not summary["skipped"]
+    rows = json.loads(artifacts(prefect_server, "ablation")[-1]["data"])
+    assert len(rows) == len(summary["comparisons"]) and {"difference", "95 % interval", "p"} <= rows[0].keys()
+    page = (report(run) / "index.html").read_text()
+    assert "What each step changes" in page and all(f"<h3>{arm}</h3>" in page for arm in ARMS)  # their losses
+    client = MlflowClient(f"sqlite:///{tmp_path}/home/mlflow.db")
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    assert {*ARMS, "states for KD", "states for KD clipped"} <= {one.info.run_name for one in runs}

@@ -2,12 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from mlflow import MlflowClient
 
-from tests.flows.pico_run import QUICKSTART, Home
+from tests.flows.pico_run import Home
+from tests.pico import pico_model
 from tests.prefect_server import PrefectServer
 
 MODELS = ["teacher-base", "student-base", "teacher", "direct", "student", "merged", "BF16", "Q8_0"]
@@ -72,29 +74,39 @@ def test_prefect_shows_tables_links_and_progress(home: Home, prefect_server: Pre
     assert any(artifact["type"] == "progress" and artifact["data"] == 100.0 for artifact in mine)
 
 
-def test_a_second_run_is_cached_and_a_change_runs_what_depends_on_it(home: Home) -> None:
+def test_a_second_run_is_cached_and_goes_on_without_mlflow(home: Home) -> None:
     first = home.summary
-    home.run()
+    home.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    home.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    output = home.run()
+    assert "the run goes on without it" in output and home.summary["mlflow_run_id"] is None
     assert all(cached for name, cached in home.cached.items() if not name.startswith("take"))
     assert [row["exact_match"] for row in home.summary["models"]] == [row["exact_match"] for row in first["models"]]
 
-    home.write(evaluate={"max_new_tokens": 15, "latency_rows": 2, "perplexity_rows": 4})
-    home.run()
+
+def test_a_change_runs_what_depends_on_it_and_a_broken_rule_fails_after_the_report(home: Home) -> None:
+    """In an MLflow that has seen nothing of what is cached: the run records that too."""
+    fresh = f"sqlite:///{home.directory}/other.db"
+    home.environment["MLFLOW_TRACKING_URI"] = fresh
+    home.write(
+        evaluate={"max_new_tokens": 4, "latency_rows": 0, "perplexity_rows": 0}, gate={"floors": {"exact_match": 1.0}}
+    )
+    output = home.fail()
+    del home.environment["MLFLOW_TRACKING_URI"]
     again = {name for name, cached in home.cached.items() if not cached and not name.startswith("take")}
     assert again == {"gate", *(f"evaluate {name}" for name in MODELS)}
-
-
-def test_a_broken_rule_fails_the_flow_after_its_report(home: Home) -> None:
-    home.write(gate={"floors": {"exact_match": 1.0}})
-    output = home.fail()
     assert "exact_match" in output and "at least 100.0% is wanted" in output
     assert home.summary["gate"]["passed"] is False
     assert "at least 100.0% is wanted" in (home.directory / "home/reports/latest/index.html").read_text()
 
+    client = MlflowClient(fresh)
+    [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
+    [teacher] = client.search_runs([experiment.experiment_id], "attributes.run_name = 'teacher'")
+    assert [point.step for point in client.get_metric_history(teacher.info.run_id, "loss")] == [1, 2, 3, 4]
+
 
 def test_a_deleted_artifact_is_made_again(home: Home) -> None:
     home.write()
-    home.run()
     store = home.directory / "home" / "store"
     gguf = max((store / "blobs").rglob("*"), key=lambda path: path.is_file() and path.read_bytes()[:4] == b"GGUF")
     gguf.unlink()
@@ -104,42 +116,21 @@ def test_a_deleted_artifact_is_made_again(home: Home) -> None:
     assert len(again) == 1 and again[0].startswith("gguf"), again
 
 
-def test_mlflow_down_stops_nothing_and_a_later_run_records_it(home: Home) -> None:
-    home.write()
-    home.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
-    home.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    output = home.run()
-    assert "the run goes on without it" in output
-    assert home.summary["mlflow_run_id"] is None
-    fresh = f"sqlite:///{home.directory}/other.db"
-    home.environment["MLFLOW_TRACKING_URI"] = fresh
-    home.run()
-    client = MlflowClient(fresh)
-    [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
-    [teacher] = client.search_runs([experiment.experiment_id], "attributes.run_name = 'teacher'")
-    assert [point.step for point in client.get_metric_history(teacher.info.run_id, "loss")] == [1, 2, 3, 4]
-    del home.environment["MLFLOW_TRACKING_URI"]
-
-
 def test_errors_say_what_where_and_the_remedy(tmp_path: Path, prefect_server: PrefectServer) -> None:
-    home = Home(tmp_path, prefect_server, teacher_base="no/such-model")
-    home.environment["HF_HUB_OFFLINE"] = "1"  # or it would try again, as it should when the hub does not answer
-    assert "'no/such-model' is neither a directory here" in home.fail()
-
-    home.write(learning_rat=1)
-    assert "learning_rat" in home.fail()
-
-    home.write(train=str(tmp_path / "missing.jsonl"))
-    assert "missing.jsonl" in home.fail()
-
+    pico_model(tmp_path / "untokenized")
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "Préparer", "output": "{}"}\n'.encode("latin-1") * 60)
-    home.write(train=str(tmp_path / "latin.jsonl"))
-    assert "UTF-8" in home.fail()
-
-    other = tmp_path / "other"
-    from tests.pico import pico_model
-
-    pico_model(other)
-    home.write(student_base=str(other))
-    assert "tokenizer" in home.fail()
-    assert (QUICKSTART / "student").is_dir()
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
+        "hub": ({"teacher_base": "no/such-model"}, "'no/such-model' is neither a directory here"),
+        "name": ({"learning_rat": 1}, "learning_rat"),
+        "missing": ({"train": str(tmp_path / "missing.jsonl")}, "missing.jsonl"),
+        "latin": ({"train": str(tmp_path / "latin.jsonl")}, "UTF-8"),
+        "other": ({"student_base": str(tmp_path / "untokenized")}, "tokenizer"),
+    }
+    runs = []
+    for name, (changes, said) in wrong.items():
+        (tmp_path / name).mkdir()
+        home = Home(tmp_path / name, prefect_server, **changes)
+        home.environment["HF_HUB_OFFLINE"] = "1"  # or it would try again, as it should when the hub does not answer
+        runs.append((home, home.start(), said))  # side by side: most of each is its start
+    for home, run, said in runs:
+        assert run.wait(timeout=300) != 0 and said in home.output, home.output[-3000:]

@@ -1,0 +1,204 @@
+"""What makes a student good: the teacher, the number format it was trained in, or the teacher's norms? One table.
+
+python -m flows.ablation deployments/presets/ablation.yaml
+
+rows ── ingest ── teacher ──┬── remember ── KD ────────────────────────┐
+                            └── clip norms ── remember ── KD clipped ──┤
+student base ───────────────┬── SFT ───────────────────────────────────┼── evaluate, also as NF4 ── pairs ── report
+                            └── SFT NF4 ───────────────────────────────┘
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_table_artifact
+from pydantic import ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+
+from flows.config import FlowConfig, given_files, without_teacher
+from flows.report import publish
+from flows.report import show as show_models
+from flows.stages import Stages
+from flows.start import start
+from tasks.core.paired import Prediction, read_predictions, transfer
+from tasks.core.refs import AnyModel, DatasetRef, ReportRef
+from tasks.core.store import open_store
+from tasks.core.take import take_files, take_model
+from tasks.distill import DistillConfig
+from tasks.distill.states.task import remember
+from tasks.distill.task import distil
+from tasks.evaluate import EvaluateConfig
+from tasks.evaluate.task import evaluate
+from tasks.ingest import IngestConfig
+from tasks.ingest.task import ingest
+from tasks.merge import MergeConfig
+from tasks.merge.task import merge
+from tasks.teacher import FineTuneConfig
+from tasks.teacher.task import fine_tune
+
+CLIPPED, AS_NF4 = "teacher clipped", " as NF4"
+ARMS = ("SFT", "KD", "SFT NF4", "KD clipped")
+KINDS = {"teacher": "teacher", CLIPPED: "teacher", "student-base": "base", "SFT": "direct", "SFT" + AS_NF4: "direct"}
+PAIRS = {
+    "what the teacher buys": ("SFT", "KD"),
+    "what training on NF4 costs": ("SFT", "SFT NF4"),
+    "what clipping costs the teacher": ("teacher", CLIPPED),
+    "what it costs the student": ("KD", "KD clipped"),
+    "what loading as NF4 costs": ("SFT", "SFT" + AS_NF4),
+    "the same of the distilled": ("KD", "KD" + AS_NF4),
+    "the same of what was trained on NF4": ("SFT NF4", "SFT NF4" + AS_NF4),
+}
+SLICES = ("all", "in scope", "out of scope")
+
+
+class AblationConfig(FlowConfig):
+    """The same student trained four ways on the same rows, for the same steps, and compared pair by pair."""
+
+    model_config = ConfigDict(title="Ablation")
+
+    train: str
+    """Training rows, as the pipeline takes them."""
+    validation: str | None = None
+    """Rows for the validation loss; without it a part of `train` is held back."""
+    test: str | None = None
+    """Held-out rows that every model is evaluated on; without it a part of `train` is held back."""
+    text: str | None = None
+    """General text that no model was trained on (a .txt file): its perplexity shows what a model forgot."""
+    teacher_base: str
+    """The teacher's base: a name on the Hugging Face hub or a local directory."""
+    student_base: str
+    """The student's base, with the teacher's tokenizer."""
+    revision: dict[str, str] = {}
+    """Hub revisions to pin, by name."""
+    ingest: IngestConfig = IngestConfig()
+    teacher: FineTuneConfig = FineTuneConfig()
+    student: DistillConfig = DistillConfig(method="lora", learning_rate=2e-4)
+    """How every student is trained. With `method: full` the one on NF4 differs in more than its base's numbers: 4-bit
+    weights cannot be trained, so it trains adapters."""
+    nf4_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate on NF4; by default the student's. Adapters want about four times what all weights do."""
+    clip_percentile: float = Field(99, gt=50, le=100)
+    """Percentile at which each of the teacher's norms is clipped, for the student of a clipped teacher."""
+    evaluate: EvaluateConfig = EvaluateConfig(latency_rows=0)
+
+    @property
+    def nf4(self) -> FineTuneConfig:
+        """The settings of the student that is trained on a base in NF4."""
+        sft = without_teacher(self.student)
+        rate = self.nf4_learning_rate or sft.learning_rate
+        return FineTuneConfig.model_validate(sft.model_dump() | {"method": "qlora", "learning_rate": rate})
+
+
+@flow(name="stillhouse-ablation", validate_parameters=True, persist_result=False)
+def ablation(config: AblationConfig) -> dict[str, Any]:
+    """Trains the student four ways and says of each pair what the difference is and whether the rows show it.
+
+    Returns the pipeline's summary with `comparisons` (pair, slice, both scores, difference, interval, p) and `skipped`
+    (what could not be run, and why).
+    """
+    with Stages(config) as run:
+        files = run(
+            "take data", take_files, given_files(train=config.train, validation=config.validation, test=config.test)
+        )
+        pinned = config.revision.get
+        teacher_base = run("take teacher base", take_model, config.teacher_base, pinned(config.teacher_base))
+        student_base = run("take student base", take_model, config.student_base, pinned(config.student_base))
+        text = run("take text", take_files, {"text": config.text}) if config.text else None
+
+        dataset = run("ingest", ingest, config.ingest, files, student_base)
+        teacher = run("teacher", fine_tune, config.teacher, teacher_base, dataset)
+        clip = MergeConfig(remedy="clip", clip_percentile=config.clip_percentile, max_mean_kl=1e9, min_top1=0)
+        clipped = run("clip teacher", merge, clip, teacher, dataset)
+        models: dict[str, AnyModel] = {"student-base": student_base, "teacher": teacher, CLIPPED: clipped}
+        models["SFT"] = run("SFT", fine_tune, without_teacher(config.student), student_base, dataset)
+        models["KD"] = _distilled(run, "KD", config, student_base, teacher, dataset)
+        skipped = missing_for_nf4()
+        if not skipped:
+            models["SFT NF4"] = run("SFT NF4", fine_tune, config.nf4, student_base, dataset)
+        models["KD clipped"] = _distilled(run, "KD clipped", config, student_base, clipped, dataset)
+
+        scores = {
+            name: run(f"evaluate {name}", evaluate, config.evaluate, model, dataset, name, None, text)
+            for name, model in models.items()
+        }
+        in_nf4 = EvaluateConfig.model_validate(config.evaluate.model_dump() | {"load_in": "nf4"})
+        for name in () if skipped else ARMS[:3]:
+            label = name + AS_NF4
+            scores[label] = run(f"evaluate {label}", evaluate, in_nf4, models[name], dataset, label, None, text)
+        comparisons = compared(run, scores, config.evaluate.out_of_scope_intent)
+        create_table_artifact(
+            table(comparisons), key="ablation", description="What each step changes, on the same rows"
+        )
+        shown = {
+            name: ref for name, ref in {"ingest": dataset, **models}.items() if name in ("ingest", "teacher", *ARMS)
+        }
+        kinds = {name: KINDS.get(name, "student") for name in scores}
+        return publish(run, dataset, scores, shown, None, kinds, {"comparisons": comparisons, "skipped": skipped})
+
+
+def _distilled(
+    run: Stages, name: str, config: AblationConfig, student: AnyModel, teacher: AnyModel, dataset: DatasetRef
+) -> AnyModel:
+    settings = config.student
+    states = None if settings.teacher_online else run(f"states for {name}", remember, settings.states, teacher, dataset)
+    return run(name, distil, settings, student, teacher, dataset, states)
+
+
+def missing_for_nf4() -> dict[str, str]:
+    """Why NF4 cannot be tried here, by what it would have been; empty where it can."""
+    if find_spec("bitsandbytes") is None:
+        return {"SFT NF4": "bitsandbytes is not installed: pip install bitsandbytes"}
+    return {}
+
+
+def compared(run: Stages, scores: dict[str, ReportRef], out_of_scope: str) -> list[dict[str, Any]]:
+    """Every pair of `PAIRS` that was evaluated, on all rows and in and out of scope."""
+    store, inputs = open_store(run.settings.store_uri), run.settings.root / "inputs"
+
+    def predictions(ref: ReportRef) -> list[Prediction]:
+        return read_predictions(Path(store.fetch(ref.digest, inputs / ref.digest)) / "predictions.jsonl")
+
+    found = []
+    for about, (a, b) in PAIRS.items():
+        if a not in scores or b not in scores:
+            continue
+        check = "exact_match" if "json_valid" in scores[a].facts else "token_f1"
+        for one in transfer(predictions(scores[a]), predictions(scores[b]), check, out_of_scope):
+            if one.slice in SLICES:
+                found.append({"about": about, "from": a, "to": b, **one._asdict()})
+    return found
+
+
+def table(comparisons: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The comparisons as a person reads them: percent and points."""
+    return [
+        {
+            "question": one["about"], "from": one["from"], "to": one["to"], "rows": f"{one['slice']} ({one['rows']})",
+            one["check"].replace("_", " "): f"{one['a']:.1%} -> {one['b']:.1%}",
+            "difference": f"{100 * one['difference']:+.1f}",
+            "95 % interval": f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}",
+            "better/worse": f"{one['better']}/{one['worse']}", "p": f"{one['p']:.2g}",
+        }
+        for one in comparisons
+    ]  # fmt: skip
+
+
+def show(summary: dict[str, Any]) -> None:
+    """The models and the pairs in the terminal."""
+    show_models(summary)
+    rows = table(summary["comparisons"])
+    printed = Table(title="What each step changes")
+    for column in rows[0] if rows else ():
+        printed.add_column(column)
+    for row in rows:
+        printed.add_row(*row.values())
+    Console(width=max(Console().width, 130)).print(printed)
+    for name, reason in summary["skipped"].items():
+        print(f"Skipped:  {name}: {reason}")
+
+
+if __name__ == "__main__":
+    start(ablation, AblationConfig, show)
