@@ -25,7 +25,8 @@ class Batch(TypedDict):
     Labels are in the order of `rows` (places in the list of examples), then of position. A packed batch has B = 1,
     `position_ids` (1, L) that begin anew with each row and the rows' borders `cu_seqlens` (rows + 1,) in int32; both
     are None in a padded one. `longest` bounds the tokens of its rows. `head_grad` (V, H), where it is there, takes the
-    head's gradient of the summed loss, and `answers` counts the labels that are not filled up (tasks.engine.graphs).
+    head's gradient of the summed loss, `head_weight` is the head in the dtype that it is multiplied in, and
+    `stack` runs the layers (tasks.engine.graphs).
     """
 
     input_ids: Tensor
@@ -37,7 +38,8 @@ class Batch(TypedDict):
     cu_seqlens: Tensor | None
     longest: int
     head_grad: NotRequired[Tensor]
-    answers: NotRequired[int]
+    head_weight: NotRequired[Tensor]
+    stack: NotRequired[Callable[["Batch", Tensor], Tensor]]
 
 
 def encode_file(

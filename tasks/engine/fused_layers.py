@@ -10,7 +10,7 @@ stay with peft. A fused model is for training: its adapters cannot be switched o
 
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -19,10 +19,21 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tasks.engine import fused_mlp_fp8
+from tasks.engine.fused_fp8 import MULTIPLE
 from tasks.engine.fused_lora import ADAPTER, LoraGroup, refresh
 from tasks.engine.fused_mlp import gated_mlp
 from tasks.engine.fused_nf4 import nf4_parts
 from tasks.engine.head import unwrap
+
+FP8_NEAR = 0.15  # of the largest output: each product rounds to 4 bits, a few hundred of them average out
+
+
+class How(NamedTuple):
+    """How groups are run: `keep` as in tasks.engine.fused_mlp, `fp8` multiplies the MLPs' frozen weights in 8 bits."""
+
+    keep: bool = True
+    fp8: bool = False
 
 
 class FusedMLP(nn.Module):
@@ -30,24 +41,28 @@ class FusedMLP(nn.Module):
 
     NAMES = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
-    def __init__(self, mlp: nn.Module, keep: bool) -> None:
+    def __init__(self, mlp: nn.Module, how: "How") -> None:
         super().__init__()
         for name in self.NAMES:
             setattr(self, name, getattr(mlp, name))
-        self.expand = LoraGroup([cast(LoraLayer, self.gate_proj), cast(LoraLayer, self.up_proj)])
-        self.contract = LoraGroup([cast(LoraLayer, self.down_proj)])
-        self.keep, self.silu = keep, isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
+        members = [cast(Any, getattr(self, name)) for name in self.NAMES[:3]]
+        bases = [member.get_base_layer() for member in members]
+        self.keep, self.silu = how.keep, isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
         known = self.silu or isinstance(self.act_fn, GELUTanh)
-        ranks = self.contract.low_b.shape[1] == self.expand.low_b.shape[1]
-        biased = self.expand.bias is not None or self.contract.bias is not None
-        self.whole = known and ranks and not biased and self.expand.by_columns and not self.contract.by_columns
+        alike = len({member.r[ADAPTER] for member in members}) == 1 and all(base.bias is None for base in bases)
+        inputs, width = bases[0].in_features, bases[2].in_features
+        self.whole = known and alike and inputs <= 2 * width and bases[2].out_features < width
+        fits = inputs % MULTIPLE == width % MULTIPLE == 0 and all(base.weight.is_floating_point() for base in bases)
+        self.fp8 = how.fp8 and self.whole and fits
+        self.expand, self.contract = LoraGroup(members[:2], self.fp8), LoraGroup(members[2:], self.fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K)."""
         if self.whole:
             flat = x.flatten(0, -2).to(self.expand.low_a.dtype)
-            y = gated_mlp(flat, self.expand, self.contract, self.silu, self.keep)
-            return y.view(*x.shape[:-1], -1)
+            multiply = fused_mlp_fp8.gated_mlp if self.fp8 else gated_mlp
+            y = multiply(flat, self.expand, self.contract, self.silu, self.keep)
+            return cast(Tensor, y.unflatten(0, x.shape[:-1]))
         gate, up = self.expand(x)
         return cast(Tensor, self.contract(cast(Any, self.act_fn)(gate) * up)[0])
 
@@ -58,7 +73,7 @@ class FusedAttention(nn.Module):
     NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
     NORMS = ("q_norm", "k_norm")
 
-    def __init__(self, attention: Any, keep: bool) -> None:
+    def __init__(self, attention: Any, how: How) -> None:
         super().__init__()
         for name in (*self.NAMES, *(norm for norm in self.NORMS if hasattr(attention, norm))):
             setattr(self, name, getattr(attention, name))
@@ -102,12 +117,13 @@ class FusedAttention(nn.Module):
         return self.write(out.reshape(*hidden_states.shape[:-1], -1))[0], weights
 
 
-def fuse_adapters(model: PreTrainedModel, keep: bool = True) -> list[LoraGroup]:
-    """Fuses what can be; the groups made, none for a model without plain LoRA adapters. `keep`: see fused_mlp."""
+def fuse_adapters(model: PreTrainedModel, keep: bool = True, fp8: bool = False) -> list[LoraGroup]:
+    """Fuses what can be; the groups made, none for a model without plain LoRA adapters. `keep`, `fp8`: see `How`."""
+    how = How(keep, fp8)
     for parent in list(unwrap(model).modules()):
         for name, child in list(parent.named_children()):
             kind = _kind(child)
-            replaced = _replacement(child, kind, keep) if kind else None
+            replaced = _replacement(child, kind, how) if kind else None
             if replaced is not None:
                 setattr(parent, name, replaced)
     groups = [module for module in unwrap(model).modules() if isinstance(module, LoraGroup)]
@@ -128,7 +144,7 @@ def _fuse_one(layer: LoraLayer) -> LoraGroup:
     return group
 
 
-def _kind(module: nn.Module) -> Callable[[Any, bool], nn.Module] | None:
+def _kind(module: nn.Module) -> Callable[[Any, How], nn.Module] | None:
     """The class that could replace a module, by the names of its children."""
     names = {name for name, _ in module.named_children()}
     if names == set(FusedMLP.NAMES) and _together(module, FusedMLP.NAMES[:2]) and _is_plain(module.down_proj):
@@ -159,7 +175,7 @@ def _together(parent: nn.Module, names: tuple[str, ...]) -> bool:
 
 
 @torch.no_grad()
-def _replacement(module: Any, kind: Callable[[Any, bool], nn.Module], keep: bool) -> nn.Module | None:
+def _replacement(module: Any, kind: Callable[[Any, How], nn.Module], how: How) -> nn.Module | None:
     """Ours, if it computes what the module does on random input; else None, and the module is as it was."""
     weights = {name: parameter.data for name, parameter in module.named_parameters()}
     base = next(module.children()).get_base_layer()
@@ -172,7 +188,7 @@ def _replacement(module: Any, kind: Callable[[Any, bool], nn.Module], keep: bool
     training = module.training
     try:
         want = _first(module.eval()(*inputs))
-        replaced = kind(module, keep).eval()
+        replaced = kind(module, how).eval()
         refresh(group for group in replaced.modules() if isinstance(group, LoraGroup))
         got = _first(replaced(*inputs))
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):
@@ -180,6 +196,8 @@ def _replacement(module: Any, kind: Callable[[Any, bool], nn.Module], keep: bool
     finally:
         module.train(training)
     near = 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if how.fp8 and kind is FusedMLP:
+        near = FP8_NEAR
     if torch.allclose(got, want, rtol=near, atol=near * float(want.abs().max())):
         return replaced.train(training)
     for name, parameter in module.named_parameters():

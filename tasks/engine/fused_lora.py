@@ -24,20 +24,26 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from tasks.engine import fused_fp8
+from tasks.engine.fused_fp8 import fill, quantize_weight
 from tasks.engine.fused_nf4 import PARTS, nf4_parts, read_nf4
 
 ADAPTER = "default"
 
 
 class LoraGroup(nn.Module):
-    """Members' outputs (..., N_i) from their common input (..., K). Holds buffers only: members keep their place."""
+    """Members' outputs (..., N_i) from their common input (..., K). Holds buffers only: members keep their place.
+
+    With `fp8` the weights are kept in 8 bits, for tasks.engine.fused_mlp_fp8 to multiply, and peft's modules have none
+    left: NaN in their place.
+    """
 
     extended: Tensor
     low_a: Tensor
     low_b: Tensor
     bias: Tensor | None
 
-    def __init__(self, members: Sequence[LoraLayer]) -> None:
+    def __init__(self, members: Sequence[LoraLayer], fp8: bool = False) -> None:
         super().__init__()
         self.members = tuple(members)  # no children: their parameters have one name, peft's
         bases = [cast(nn.Linear, member.get_base_layer()) for member in members]
@@ -46,8 +52,12 @@ class LoraGroup(nn.Module):
         inputs, outputs, rank = bases[0].in_features, sum(self.sizes), members[0].r[ADAPTER]
         self.by_columns = inputs <= outputs
         quantized = [nf4_parts(base.weight) for base in bases]
-        self.quantized = quantized[0] is not None
-        if self.quantized:
+        self.quantized, self.fp8 = quantized[0] is not None, fp8
+        if fp8:
+            dtype, device = bases[0].weight.dtype, bases[0].weight.device
+            self._to_fp8(bases, rank * len(bases))
+            extended = torch.empty(0, dtype=dtype, device=device)
+        elif self.quantized:
             for i, part in enumerate(part for parts in quantized for part in parts or ()):
                 self.register_buffer(f"quantized_{i}", part, persistent=False)
             dtype, device = cast(Any, bases[0].weight).quant_state.dtype, bases[0].weight.device
@@ -71,6 +81,20 @@ class LoraGroup(nn.Module):
             zeros = [torch.zeros(size, dtype=dtype, device=device) for size in self.sizes]
             stacked = torch.cat([z if bias is None else bias.data for bias, z in zip(biases, zeros, strict=True)])
         self.register_buffer("bias", stacked, persistent=False)
+
+    def _to_fp8(self, bases: list[nn.Linear], rank: int) -> None:
+        """Quantizes the stacked weights once and lets go of the dense ones."""
+        weight = torch.cat([base.weight.data for base in bases])
+        for i, part in enumerate(quantize_weight(weight if self.by_columns else weight.t(), rank)):
+            self.register_buffer(f"small_{i}", part, persistent=False)
+        nothing = weight.new_full((), torch.nan)
+        for base in bases:
+            base.weight.data = nothing.expand(base.weight.shape)
+
+    def in_8_bits(self) -> list[Tensor]:
+        """wide and tall of tasks.engine.fused_fp8 with their scales: of the weight, or its transpose where the low
+        rank is A's."""
+        return [getattr(self, f"small_{i}") for i in range(fused_fp8.PARTS)]
 
     def adapters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Members' A (r, K) and B (N_i, r)."""
@@ -111,8 +135,12 @@ def refresh(groups: Iterable[LoraGroup]) -> None:
         ]
         sources += [*a, *torch._foreach_mul(list(b), group.scales)]
     torch._foreach_copy_(targets, sources)
+    small = [group for group in groups if group.fp8]
+    lows = [group.low_b if group.by_columns else group.low_a.t() for group in small]
+    for group, low, most in zip(small, lows, torch._foreach_norm(lows, torch.inf) if lows else [], strict=True):
+        fill(group.in_8_bits(), low, len(group.members) if group.by_columns else 1, most)
     for group in groups:
-        if not group.quantized:
+        if not (group.quantized or group.fp8):
             _fill_adapters(group.extended, group.low_a, group.low_b, group.sizes, group.by_columns)
 
 
@@ -177,12 +205,14 @@ def lora_linear(
         return torch.mm(torch.cat([x, xa], 1), weight.T), xa
     both = torch.mm(x, weight.T)
     xa = both[:, outputs:].contiguous()
-    return torch.addmm(both[:, :outputs], xa, low_b.T), xa
+    return alone(both[:, :outputs].addmm_(xa, low_b.T)), xa
 
 
 @lora_linear.register_fake
 def _(x, extended, quantized, low_a, low_b, a, b, sizes, scales):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], low_b.shape[0])), x.new_empty((x.shape[0], low_a.shape[0]))
+    outputs, rank = low_b.shape
+    y = x.new_empty((x.shape[0], outputs + (0 if _by_columns(low_a, low_b) else rank)))[:, :outputs]
+    return y, x.new_empty((x.shape[0], low_a.shape[0]))
 
 
 @torch.library.custom_op("stillhouse::lora_linear_backward", mutates_args=())
@@ -197,18 +227,19 @@ def _backward(
     sizes: list[int],
     scales: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (M, K), of the stacked A (R, K) and of the stacked B (N, r)."""
+    """Gradients of x (M, K), and in float32 of the stacked A (R, K) and of the stacked B (N, r)."""
     weight = extended_weight(extended, quantized, low_a, low_b, sizes)
     rank, inputs = low_b.shape[1], low_a.shape[1]
     if _by_columns(low_a, low_b):
         both = torch.mm(grad, weight)
         dxa = both[:, inputs:]
-        dx = torch.addmm(both[:, :inputs], dxa, low_a)
+        dx = alone(both[:, :inputs].addmm_(dxa, low_a))
     else:
         dxa = torch.mm(grad, low_b)
         dx = torch.mm(torch.cat([grad, dxa], 1), weight)
-    da = torch.mm(dxa.T, x)
-    db = torch.empty_like(low_b)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    da, db = torch.zeros_like(low_a, dtype=exact), torch.zeros_like(low_b, dtype=exact)
+    add_product(da, dxa.T, x)
     parts = zip(
         grad.split_with_sizes(sizes, 1),
         xa.split_with_sizes([rank] * len(sizes), 1),
@@ -217,15 +248,30 @@ def _backward(
         strict=True,
     )
     for part, low, out, scale in parts:
-        torch.mm(part.T, low, out=out)
-        if scale != 1:
-            out *= scale
+        add_product(out, part.T, low, scale)
     return dx, da, db
 
 
 @_backward.register_fake
 def _(grad, x, xa, extended, quantized, low_a, low_b, sizes, scales):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), torch.empty_like(low_a), torch.empty_like(low_b)
+    exact, inputs = torch.promote_types(x.dtype, torch.float32), low_a.shape[1]
+    dx = x.new_empty((x.shape[0], inputs + (low_a.shape[0] if _by_columns(low_a, low_b) else 0)))[:, :inputs]
+    return dx, torch.empty_like(low_a, dtype=exact), torch.empty_like(low_b, dtype=exact)
+
+
+def alone(part: Tensor) -> Tensor:
+    """A view as a tensor of its own: autograd lets nobody change a view in place that an operation gave out."""
+    return part.new_empty(0).set_(part.untyped_storage(), part.storage_offset(), part.shape, part.stride())
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """total += scale * a @ b, in the dtype of `total`: float32 sums of half-precision products where torch has them."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, alpha=scale)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, alpha=scale, out_dtype=torch.float32, out=total)
+    else:
+        total += scale * (a @ b)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.engine.fused_lora import LoraGroup, extended_weight
+from tasks.engine.fused_lora import LoraGroup, add_product, alone, extended_weight
 
 CHUNK = 4096
 
@@ -52,16 +52,15 @@ def _mlp(
     width, outputs, rank = low_a_out.shape[1], low_b_out.shape[0], low_b_out.shape[1]
     weight = extended_weight(extended, quantized, low_a, low_b, [width, width])
     weight_out = extended_weight(extended_out, quantized_out, low_a_out, low_b_out, [outputs])
-    y = x.new_empty((len(x), outputs))
+    both = x.new_empty((len(x), outputs + rank))
     xa = torch.mm(x, low_a.T)
-    ha = x.new_empty((len(x), rank))
     middle = x.new_empty((len(x) if keep else 0, 2 * width))
     for rows in _chunks(len(x)):
         gate_up = torch.mm(torch.cat([x[rows], xa[rows]], 1), weight.T, out=middle[rows] if keep else None)
-        both = torch.mm(_gated(gate_up, silu), weight_out.T)
-        ha[rows] = both[:, outputs:]
-        torch.addmm(both[:, :outputs], ha[rows], low_b_out.T, out=y[rows])
-    return y, xa, ha, middle
+        torch.mm(_gated(gate_up, silu), weight_out.T, out=both[rows])
+        del gate_up
+    ha = both[:, outputs:].contiguous()
+    return alone(both[:, :outputs].addmm_(ha, low_b_out.T)), xa, ha, middle
 
 
 @_mlp.register_fake
@@ -69,7 +68,9 @@ def _shapes(x: Tensor, *weights: Any) -> tuple[Tensor, ...]:
     low_a, low_a_out, low_b_out, keep = weights[2], weights[6], weights[7], weights[-1]
     tokens, width = x.shape[0], low_a_out.shape[1]
     xa, ha = x.new_empty((tokens, low_a.shape[0])), x.new_empty((tokens, low_a_out.shape[0]))
-    return x.new_empty((tokens, low_b_out.shape[0])), xa, ha, x.new_empty((tokens if keep else 0, 2 * width))
+    outputs, rank = low_b_out.shape
+    y = x.new_empty((tokens, outputs + rank))[:, :outputs]
+    return y, xa, ha, x.new_empty((tokens if keep else 0, 2 * width))
 
 
 @torch.library.custom_op("stillhouse::gated_mlp_backward", mutates_args=())
@@ -90,35 +91,36 @@ def _backward(
     scales: list[float],
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the stacked A and B of gate and up, and of down's A and B."""
+    """Gradients of x, and in float32 of the stacked A and B of gate and up, and of down's A and B."""
     width, outputs, rank, inputs = low_a_out.shape[1], low_b_out.shape[0], low_b_out.shape[1], x.shape[1]
     weight = extended_weight(extended, quantized, low_a, low_b, [width, width])
     weight_out = extended_weight(extended_out, quantized_out, low_a_out, low_b_out, [outputs])
-    dx = torch.empty_like(x)
-    da, db, da_out, db_out = (torch.zeros_like(low) for low in (low_a, low_b, low_a_out, low_b_out))
+    exact = torch.promote_types(x.dtype, torch.float32)
+    da, db, da_out, db_out = (torch.zeros_like(low, dtype=exact) for low in (low_a, low_b, low_a_out, low_b_out))
+    kept, dha = len(middle) > 0, torch.mm(grad, low_b_out)
+    add_product(db_out, grad.T, ha, scales[2])
+    both, grad = x.new_empty((len(x), inputs + len(low_a))), torch.cat([grad, dha], 1)
     for rows in _chunks(len(x)):
-        part = grad[rows]
-        kept = len(middle) > 0
         gate_up = middle[rows] if kept else torch.mm(torch.cat([x[rows], xa[rows]], 1), weight.T)
-        dha = torch.mm(part, low_b_out)
-        dh = torch.mm(torch.cat([part, dha], 1), weight_out)
-        dgate_up, h = _gated_backward(gate_up, dh, silu, in_place=not kept)
-        da_out.addmm_(dha.T, h)
-        db_out.addmm_(part.T, ha[rows], alpha=scales[2])
-        both = torch.mm(dgate_up, weight)
-        dxa = both[:, inputs:]
-        torch.addmm(both[:, :inputs], dxa, low_a, out=dx[rows])
-        da.addmm_(dxa.T, x[rows])
+        dgate_up, h = gate_backward(gate_up, torch.mm(grad[rows], weight_out), silu, in_place=not kept)
+        add_product(da_out, dha[rows].T, h)
+        torch.mm(dgate_up, weight, out=both[rows])
         for i in range(2):
             side, low = slice(i * width, (i + 1) * width), slice(i * rank, (i + 1) * rank)
-            db[side].addmm_(dgate_up[:, side].T, xa[rows, low], alpha=scales[i])
-    return dx, da, db, da_out, db_out
+            add_product(db[side], dgate_up[:, side].T, xa[rows, low], scales[i])
+        del gate_up, dgate_up, h  # or the next rows' would be made beside them
+    dx, dxa = both[:, :inputs], both[:, inputs:]
+    dx.addmm_(dxa, low_a)
+    add_product(da, dxa.T, x)
+    return alone(dx), da, db, da_out, db_out
 
 
 @_backward.register_fake
 def _gradient_shapes(grad: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    low_a, low_b, low_a_out, low_b_out = (others[i] for i in (5, 6, 9, 10))
-    return tuple(torch.empty_like(like) for like in (x, low_a, low_b, low_a_out, low_b_out))
+    lows = [others[i] for i in (5, 6, 9, 10)]
+    exact = torch.promote_types(x.dtype, torch.float32)
+    dx = x.new_empty((x.shape[0], x.shape[1] + lows[0].shape[0]))[:, : x.shape[1]]
+    return dx, *(torch.empty_like(low, dtype=exact) for low in lows)
 
 
 def _gated(gate_up: Tensor, silu: bool) -> Tensor:
@@ -131,7 +133,7 @@ def _gated(gate_up: Tensor, silu: bool) -> Tensor:
     return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up
 
 
-def _gated_backward(gate_up: Tensor, dh: Tensor, silu: bool, in_place: bool) -> tuple[Tensor, Tensor]:
+def gate_backward(gate_up: Tensor, dh: Tensor, silu: bool, in_place: bool) -> tuple[Tensor, Tensor]:
     """(gradient of gate_up, h), in the places of `gate_up` and `dh` with `in_place`; `dh` is lost either way."""
     if gate_up.is_cuda:
         from tasks.engine.fused_mlp_kernel import backward  # noqa: PLC0415

@@ -41,6 +41,8 @@ def head_of(model: nn.Module) -> Head:
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Final hidden states (N, H) at the batch's labelled positions, as the head takes them; packed or padded."""
     body, packed = cast(Any, unwrap(model).base_model), dict[str, Any]()
+    if "stack" in batch:
+        return batch["stack"](batch, body.embed_tokens(batch["input_ids"]))
     if batch["cu_seqlens"] is not None:
         borders, longest = batch["cu_seqlens"], batch["longest"]
         packed = {"position_ids": batch["position_ids"], "cu_seq_lens_q": borders, "cu_seq_lens_k": borders}

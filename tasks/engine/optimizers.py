@@ -48,6 +48,15 @@ def restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], saved:
             _restore_one(optimizer, (group_number, place), parameter, states[number])
 
 
+def go_on(optimizer: torch.optim.Optimizer, scheduler: Any, step: int) -> None:
+    """Puts the schedule where it was after `step` steps, from this run's own peak: a rollback has halved it."""
+    scheduler.last_epoch = step
+    rates = [peak * rate(step) for peak, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, peak, rate in zip(optimizer.param_groups, scheduler.base_lrs, rates, strict=True):
+        group["initial_lr"], group["lr"] = peak, rate
+    scheduler._last_lr = rates
+
+
 def _restore_one(
     optimizer: torch.optim.Optimizer, place: tuple[int, int], parameter: Tensor, state: dict[str, Any]
 ) -> None:

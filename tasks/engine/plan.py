@@ -25,6 +25,7 @@ from tasks.engine.graphs import Graphs, most_labels
 from tasks.engine.head import unwrap
 from tasks.engine.history import History
 from tasks.engine.load import pick_dtype
+from tasks.engine.offload import host_has, kept_a_token
 from tasks.engine.packing import make_packable
 
 # Sums over a batch's labels: "loss" with its gradient, and further parts by name ("kd_loss", "ce_loss").
@@ -52,7 +53,8 @@ class Plan:
     `build` makes the untrained model (again, after a divergence); `validation` are rows after the training rows, in
     the numbering that `objective` sees; `made_by` is a fingerprint of config, rows and models, so that no other
     run's checkpoint is continued. `rung` says how many out-of-memory rungs `config` has still to go down; `strategy`
-    what several processes split. `shown` makes the weights that the loss sees, where they are not the trained ones.
+    what several processes split. `fp8` multiplies the adapted MLPs' frozen weights in 8 bits. `shown` makes the weights
+    that the loss sees, where they are not the trained ones.
     `enrich` adds to a batch, on the host, what the objective needs beside it; `before_step` is called with the history
     and the number of finished steps before each step. Checkpoints are in `folder` of the job's work directory.
     """
@@ -70,6 +72,7 @@ class Plan:
     enrich: Callable[[Batch], Batch] | None = None
     before_step: Callable[[History, int], None] | None = None
     folder: str = "checkpoints"
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         """Goes down the job's rungs, unless whoever made the plan did: those that leave rows and model as they are."""
@@ -144,15 +147,34 @@ def quicken(plan: Plan, model: PreTrainedModel, batches: Feed) -> None:
     """Fuses the adapters' products, and has the decoder's layers recomputed and compiled as the config says."""
     config = plan.config
     if plan.strategy == "fsdp2" and processes.count() > 1:  # its hooks sit on layers and weights as they are
+        if plan.fp8:
+            raise BadConfig("fp8 needs whole weights: set strategy=ddp, or fp8=false")
         if config.gradient_checkpointing:
             unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
         return
-    fused = fuse_adapters(model, keep=not config.gradient_checkpointing)
+    fused = fuse_adapters(model, keep=not config.gradient_checkpointing, fp8=plan.fp8)
+    small = sum(group.fp8 for group in fused) // 2
+    if plan.fp8 and not small:
+        raise BadConfig(
+            "fp8 fits none of this model's MLPs: it takes dense weights whose widths are multiples of 128, with plain "
+            "adapters on gate, up and down. Set fp8=false"
+        )
     compiled = config.compile == "on" or (config.compile == "auto" and compiling_pays(model, len(batches)))
-    run_layers(model, config.gradient_checkpointing, compiled, random=config.dropout > 0)
+    away = compiled and config.gradient_checkpointing and model.device.type == "cuda" and _host_has_room(model, batches)
+    run_layers(
+        model, config.gradient_checkpointing, compiled, random=config.dropout > 0, away=away,
+        warn=lambda text: plan.job.log(text, "warning"),
+    )  # fmt: skip
     if model.device.type == "cuda":
         told = [f"{len(fused)} groups of adapters fused"] * bool(fused) + ["layers compiled"] * compiled
+        told += [f"{small} MLPs in 8 bits"] * bool(small) + ["activations kept in host memory"] * away
         plan.job.log(", ".join([*told, "rows packed" if batches.packing else "rows padded"]))
+
+
+def _host_has_room(model: PreTrainedModel, batches: Feed) -> bool:
+    """Whether the host can hold what all layers keep of the largest micro-batch, for every process on it."""
+    tokens = max(batches.packing.lengths, default=0) if batches.packing else 0
+    return host_has(float(tokens) * kept_a_token(model) * processes.count()) and tokens > 0
 
 
 def graphs_for(plan: Plan, batches: Feed, model: PreTrainedModel) -> Graphs | None:
@@ -165,7 +187,8 @@ def graphs_for(plan: Plan, batches: Feed, model: PreTrainedModel) -> Graphs | No
         return None
     if config.cuda_graphs == "off" or config.optimizer != "adamw":
         return None
-    return Graphs(model, lambda model, batch: loss_sums(plan, model, batch), most_labels(batches))
+    work, stack = (lambda model, batch: loss_sums(plan, model, batch)), not config.gradient_checkpointing
+    return Graphs(model, work, most_labels(batches), stack)
 
 
 def loss_sums(plan: Plan, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
@@ -200,6 +223,7 @@ def training_arguments(plan: Plan, scale: float, device: str) -> TrainingArgumen
         log_level="error",
         remove_unused_columns=False,
         dataloader_pin_memory=device == "cuda",
+        accelerator_config={"non_blocking": device == "cuda"},  # or each batch's copy waits for the step before
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several cards are torchrun's business, not DataParallel's
     return arguments

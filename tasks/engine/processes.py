@@ -6,8 +6,10 @@ checkpoint holds is put together whole, for process 0 to write. So losses and ch
 the number. With `fsdp2` each layer's weights, gradients and optimizer state are split as well.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from tasks.core.errors import BadConfig
 
 Strategy = Literal["ddp", "fsdp2"]
 BUCKET = 1 << 26  # elements summed at once: 256 MiB in float32
+PATIENCE = timedelta(days=1)  # with process 0, which may ask a teacher first; who hangs is the parent's to find out
 
 
 def join() -> None:
@@ -31,9 +34,9 @@ def join() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         wanted, device = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda":
-            dist.init_process_group("nccl", device_id=torch.device("cuda", 0))  # the one card that it sees
+            dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device("cuda", 0))  # the card it sees
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=PATIENCE)
         if dist.get_world_size() != wanted:
             raise BadConfig(f"{dist.get_world_size()} processes met, {wanted} were started")
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -87,6 +90,16 @@ def wait() -> None:
     """Until all are here."""
     if count() > 1:
         dist.barrier()
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Process 0 does it, then all others, who find what it wrote."""
+    if rank():
+        wait()
+    yield
+    if rank() == 0:
+        wait()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], factor: float = 1.0) -> None:

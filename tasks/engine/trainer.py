@@ -11,7 +11,7 @@ import dataclasses
 import gc
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from tasks.core.errors import BadConfig, Diverged
 from tasks.engine import checkpoint, optimizers, processes
 from tasks.engine.ahead import Ahead
 from tasks.engine.batches import Batch, collate, to_device
-from tasks.engine.graphs import fill_labels
+from tasks.engine.delayed import Coming, Sums
 from tasks.engine.guard import Broke, worst, worst_gradients
 from tasks.engine.head import layers_of, unwrap
 from tasks.engine.history import History
@@ -80,18 +80,6 @@ def _attempt(plan: Plan, found: Path | None, scale: float) -> tuple[PreTrainedMo
     return trained, trainer.history
 
 
-class Coming(NamedTuple):
-    """A step's numbers on their way from the device, and what they belong to; `sent` tells when they are there."""
-
-    step: int
-    names: list[str]
-    values: Tensor
-    sent: torch.cuda.Event | None
-    rows: list[int]
-    labels: int
-    rate: float
-
-
 class GuardedTrainer(Trainer):
     """transformers' Trainer over a fixed order of rows, with checkpoints of our own and a check of every step."""
 
@@ -109,7 +97,7 @@ class GuardedTrainer(Trainer):
         self.tokens, self.labels, self.must_stop, self.must_save = 0, 0, False, False
         self.loss_scale = LossScale(config.precision == "float16")
         self.reporter = Reporter(self, plan)
-        self._sums: dict[str, Tensor] = {}
+        self._sums = Sums()
         self._coming: Coming | None = None
         self._vocabulary = int(model.config.get_text_config().vocab_size)
         self._use_cache = getattr(model.config, "use_cache", True)
@@ -122,6 +110,7 @@ class GuardedTrainer(Trainer):
             data_collator=cast(Any, lambda items: items[0]),
             train_dataset=Ahead(batches, self._prepared, device == "cuda"),
             callbacks=[self.reporter],
+            optimizer_cls_and_kwargs=self.graphs.optimizer(config.learning_rate * scale) if self.graphs else None,
         )
         if processes.rank():
             torch.manual_seed(config.seed + processes.rank())  # each process drops others of its rows' activations
@@ -143,8 +132,7 @@ class GuardedTrainer(Trainer):
 
     def _prepared(self, batch: Batch) -> Batch:
         """What happens to a batch on the host, ahead of its time."""
-        batch = self.plan.enrich(batch) if self.plan.enrich else batch
-        return fill_labels(batch, self.graphs.most) if self.graphs else batch
+        return self.plan.enrich(batch) if self.plan.enrich else batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Any, self.train_dataset))
@@ -158,7 +146,7 @@ class GuardedTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         self.rows = [row for batch in batches for row in batch["rows"]]
         self.tokens = sum(batch["tokens"] for batch in batches)
-        self.labels = labels = sum(batch.get("answers", len(batch["labels"])) for batch in batches)
+        self.labels = labels = sum(len(batch["labels"]) for batch in batches)
         if self.graphs:
             self.graphs.begin()
         if processes.count() == 1:
@@ -174,21 +162,16 @@ class GuardedTrainer(Trainer):
         if not model.training:
             model.train()
         sums = self.graphs.run(inputs)
-        self._add(sums, num_items_in_batch)
+        self._sums.add(sums, num_items_in_batch)
         self.catch_up()  # the device is busy with this step: the last one's numbers cost no time now
         return cast(Tensor, sums["loss"] / num_items_in_batch)
-
-    def _add(self, sums: dict[str, Tensor], labels: Any) -> None:
-        for name, value in sums.items():
-            mean = value.detach() / labels
-            self._sums[name] = self._sums[name] + mean if name in self._sums else mean
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective's sum over a micro-batch divided by the labels of the whole step."""
         sums = loss_sums(self.plan, cast(PreTrainedModel, self.model), inputs)
-        self._add(sums, num_items_in_batch)
+        self._sums.add(sums, num_items_in_batch)
         factor = self.loss_scale.factor * (processes.count() if self.is_split else 1)  # fsdp2 takes the mean
         return sums["loss"] / num_items_in_batch * factor
 
@@ -218,41 +201,23 @@ class GuardedTrainer(Trainer):
         is not finite moves nothing all the same, since the optimizer is told so on the device.
         """
         norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        self._coming = self._send(norm)
+        asked = [float(self.tokens), float(self.plan.job.stop_requested), float(self.reporter.wants_checkpoint())]
+        step, rate = self.state.global_step + 1, self._get_learning_rate()
+        self._coming = self._sums.send(asked, norm, step, self.rows, self.labels, rate)
         if self.graphs is None:
             self.catch_up()
         else:
             cast(Any, self._plain_optimizer()).found_inf = (~norm.isfinite()).float()
         return norm
 
-    def _send(self, norm: Tensor) -> Coming:
-        """Starts the copy of the step's losses and gradient norm; what the processes decide together travels along."""
-        asked = [float(self.tokens), float(self.plan.job.stop_requested), float(self.reporter.wants_checkpoint())]
-        sums, on_device = torch.stack([*self._sums.values()]), norm.device.type == "cuda"
-        own = torch.tensor(asked, dtype=sums.dtype, pin_memory=on_device).to(sums.device, non_blocking=True)
-        together = torch.cat([sums, own])
-        if processes.count() > 1:
-            together = processes.total(together)
-        values = torch.cat([together, torch.as_tensor(norm).reshape(1)])
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_device)
-        host.copy_(values, non_blocking=True)
-        names, self._sums = list(self._sums), {}
-        sent = torch.cuda.Event() if on_device else None
-        if sent:
-            sent.record()
-        done = self.state.global_step
-        return Coming(done + 1, names, host, sent, self.rows, self.labels, self._get_learning_rate())
-
     def catch_up(self) -> None:
         """Looks at the numbers that were sent last: records and tells them, or raises Broke."""
         coming, self._coming = self._coming, None
         if coming is None:
             return
-        if coming.sent:
-            coming.sent.synchronize()
-        *losses, tokens, stop, save, grad_norm = coming.values.tolist()
+        losses, (tokens, stop, save), grad_norm = coming.read()
         self.must_stop, self.must_save = stop > 0, save > 0
-        step = {**dict(zip(coming.names, losses, strict=True)), "grad_norm": grad_norm}
+        step = {**losses, "grad_norm": grad_norm}
         if self.loss_scale.overflowed(step["loss"], step["grad_norm"]):
             cast(nn.Module, self.model).zero_grad()  # the optimizer has nothing to do
             step["grad_norm"] = 0.0
@@ -315,17 +280,8 @@ class GuardedTrainer(Trainer):
         if checkpoint_dir is None:
             return
         found, optimizer, scheduler = Path(checkpoint_dir), self._plain_optimizer(), cast(Any, self.lr_scheduler)
-        saved = checkpoint.read_state(found)["optimizer"]
-        optimizers.restore(optimizer, checkpoint.read(found, "optimizer"), saved)
-        # The schedule goes on where it was, from this run's own peak: a rollback has halved it.
-        scheduler.last_epoch = self.state.global_step
-        rates = [
-            peak * rate(scheduler.last_epoch)
-            for peak, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-        for group, peak, rate in zip(optimizer.param_groups, scheduler.base_lrs, rates, strict=True):
-            group["initial_lr"], group["lr"] = peak, rate
-        scheduler._last_lr = rates
+        optimizers.restore(optimizer, checkpoint.read(found, "optimizer"), checkpoint.read_state(found)["optimizer"])
+        optimizers.go_on(optimizer, scheduler, self.state.global_step)
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))  # below accelerate's

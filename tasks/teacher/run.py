@@ -6,22 +6,24 @@ torchrun --standalone --nproc-per-node 2 -m tasks.teacher.run config.json --base
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from tasks.core.command import Report, command
+from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.ladder import is_lossless, rungs, settings_at
 from tasks.core.refs import ModelDir
 from tasks.engine import processes
 from tasks.engine.batches import Batch
-from tasks.engine.chat import Example
+from tasks.engine.fused_fp8 import refused
 from tasks.engine.head import head_of, hidden_states
 from tasks.engine.load import load_tokenizer, pick_device, training_precision
 from tasks.engine.losses import cross_entropy
-from tasks.engine.memory.fit import MemoryPlan, card_gib, fit
+from tasks.engine.memory.fit import fitted
 from tasks.engine.outcome import fingerprint, finish, read_splits
-from tasks.engine.plan import Plan
+from tasks.engine.plan import Objective, Plan
 from tasks.engine.trainable import settings_of_adapter, trainable_model
 from tasks.engine.trainer import train
 from tasks.teacher import FineTuneConfig
@@ -35,56 +37,59 @@ def fine_tune(config: FineTuneConfig, base: ModelDir, dataset: Path, out: Path, 
     report = Report()
     asked, device = config, pick_device()
     config = config.model_copy(update={"precision": training_precision(config.precision, base.base, device)})
+    if config.fp8:
+        _check_fp8(config, device)
     for text in settings_of_adapter(config, base) if config.method != "full" else []:
         report.warnings.append(text)
     tokenizer = load_tokenizer(base, config.chat_template)
     rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
-    config, memory = _fitted(config, base, rows, out, job)
+    config, memory = fitted(config, config.method, base, rows, out, job)
     if job.rung:
-        fitted, config = config, settings_at(config, job.rung)
-        _tell_rung(fitted, job)
-        if config.max_length != fitted.max_length:
+        before, config = config, settings_at(config, job.rung)
+        _tell_rung(before, job)
+        if config.max_length != before.max_length:
             rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
-
-    def objective(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-        hidden = hidden_states(model, batch)
-        return {"loss": cross_entropy(hidden, head_of(model), batch["labels"], config.loss_chunk_mib << 20)}
 
     same_model = asked.model_copy(update={name: getattr(config, name) for name in LOSSY})
     plan = Plan(
         build=lambda: trainable_model(config, config.method, base, device),
         examples=rows,
         validation=validation,
-        objective=objective,
+        objective=objective(config.loss_chunk_mib << 20),
         config=config,
         job=job,
         made_by=fingerprint(same_model, dataset, base),
         rung=0,
         strategy=config.strategy,
+        fp8=config.fp8,
     )
     model, history = train(plan)
     if processes.rank() == 0:
         report = finish(plan, model, history, config.method, base, out, report, title="Fine-tuning the teacher")
         if memory:
-            report.details["memory_plan"] = {"predicted_gib": round(memory.chosen.parts.peak, 2), "file": "memory_plan"}
+            report.details["memory_plan"] = memory.told()
     processes.leave()
     return report
 
 
-def _fitted(
-    config: FineTuneConfig, base: ModelDir, rows: list[Example], out: Path, job: Job
-) -> tuple[FineTuneConfig, MemoryPlan | None]:
-    """The settings that fit the device's memory, told and written; the config's own without a plan."""
-    gib = card_gib() if config.memory_gib == "auto" else None if config.memory_gib == "off" else config.memory_gib
-    gib = processes.agree(gib)  # the cards may differ by a few MiB, the settings may not
-    if gib is None:
-        return config, None
-    lengths = [len(row.input_ids) for row in rows]
-    labels = sum(len(row.answer_ids) for row in rows) / sum(lengths)
-    config, plan = fit(config, config.method, base, lengths, labels, gib, processes.count())
-    job.log(f"memory plan: {plan.chosen.say()}, of {gib:.1f}")
-    plan.write(out)
-    return config, plan
+def objective(chunk_bytes: int) -> Objective:
+    """Cross-entropy on a batch's labels, logits in chunks of so many bytes."""
+
+    def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+        hidden, head = hidden_states(model, batch), head_of(model)
+        head = head._replace(weight=batch.get("head_weight", head.weight))
+        return {"loss": cross_entropy(hidden, head, batch["labels"], chunk_bytes, batch.get("head_grad"))}
+
+    return losses
+
+
+def _check_fp8(config: FineTuneConfig, device: str) -> None:
+    """Raises BadConfig where the MLPs' weights cannot be multiplied in 8 bits."""
+    if config.method != "lora" or config.use_dora or config.dropout or config.precision != "bfloat16":
+        raise BadConfig("fp8=true is for method=lora in bfloat16, without use_dora and dropout; set fp8=false")
+    reason = refused(torch.device(device))
+    if reason:
+        raise BadConfig(f"fp8=true: {reason}; set fp8=false")
 
 
 def _tell_rung(config: FineTuneConfig, job: Job) -> None:

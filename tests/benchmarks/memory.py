@@ -25,15 +25,14 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
 from tasks.engine.chat import IGNORE, Example
-from tasks.engine.head import head_of, hidden_states
 from tasks.engine.load import pick_device
-from tasks.engine.losses import cross_entropy
 from tasks.engine.memory.__main__ import ALL, shape, table
 from tasks.engine.memory.predict import CONTEXT_GIB, load_of, predict
 from tasks.engine.memory.shapes import shapes_of
 from tasks.engine.plan import Plan
 from tasks.engine.trainable import trainable_model
 from tasks.engine.trainer import GuardedTrainer
+from tasks.teacher.run import objective
 
 GIB = 2**30
 
@@ -127,14 +126,12 @@ def trainer_of(case: Case, config: TrainingConfig, base: ModelDir, work: Path) -
     ).tolist()
     rows = [Example(row, [IGNORE] * (case.length // 2) + row[case.length // 2 :]) for row in ids]
 
-    def objective(model: Any, batch: Any) -> dict[str, torch.Tensor]:
-        hidden = hidden_states(model, batch)
-        return {"loss": cross_entropy(hidden, head_of(model), batch["labels"], config.loss_chunk_mib << 20)}
-
     def build() -> Any:
         return trainable_model(config, case.method, base, pick_device())
 
-    return Unsaved(Plan(build, rows, [], objective, config, Job(work), "benchmark", rung=0), 1.0)
+    return Unsaved(
+        Plan(build, rows, [], objective(config.loss_chunk_mib << 20), config, Job(work), "benchmark", rung=0), 1.0
+    )
 
 
 def run(case: Case, directory: Path, kept: bool, pico: bool) -> dict[str, str]:

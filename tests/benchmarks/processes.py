@@ -1,7 +1,7 @@
 """One GPU against several of one host: rows a second and losses of the same LoRA run of the Gemma-3-1B shape.
 
     python -m tests.benchmarks.processes checkpoint DIR          random weights, once
-    python -m tests.benchmarks.processes run DIR [ddp|fsdp2] [lora|full] [--rows 32] [--micro 8] [--json FILE]
+    python -m tests.benchmarks.processes run DIR [ddp|fsdp2] [lora|full] [--rows 32] [--micro 8] [--compile on]
     python -m tasks.core.launch 2 tests.benchmarks.processes run DIR ddp lora --rows 64
 
 `--rows` are a step's over all processes. Speed is the median step after five, of 24, each from synchronize to
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--compile", default="off")
     parser.add_argument("--pico", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -44,6 +45,7 @@ def main() -> None:
     from tasks.engine import processes
     from tasks.engine.plan import Plan
     from tasks.engine.trainable import trainable_model
+    from tasks.teacher.run import objective
     from tests.benchmarks.memory import Case, Unsaved, base_of, config_of
 
     if arguments.act == "checkpoint":
@@ -51,13 +53,19 @@ def main() -> None:
         return
     processes.join()
     case = Case("1B", arguments.method, arguments.rows, arguments.length, arguments.recompute)
-    more = {"micro_batch_size": arguments.micro, "max_steps": arguments.steps, "learning_rate": 1e-4}
+    more = {
+        "micro_batch_size": arguments.micro,
+        "max_steps": arguments.steps,
+        "learning_rate": 1e-4,
+        "compile": arguments.compile,
+    }
     config, base = config_of(case, **more), ModelDir(arguments.directory / "1B")
     rows = rows_of(arguments.rows * arguments.steps, arguments.length, 512 if arguments.pico else 262144)
     with tempfile.TemporaryDirectory() as work:
+        device, loss = "cuda" if torch.cuda.is_available() else "cpu", objective(config.loss_chunk_mib << 20)
         plan = Plan(
-            lambda: trainable_model(config, arguments.method, base, "cuda" if torch.cuda.is_available() else "cpu"),
-            rows, [], objective_of(config), config, Job(Path(work)), "benchmark", rung=0, strategy=arguments.strategy,
+            lambda: trainable_model(config, arguments.method, base, device), rows, [], loss, config, Job(Path(work)),
+            "benchmark", rung=0, strategy=arguments.strategy,
         )  # fmt: skip
         start = time.time()
         trainer = Unsaved(plan, 1.0)
@@ -89,18 +97,6 @@ def rows_of(count: int, length: int, vocabulary: int) -> list[Any]:
     ids = torch.randint(5, min(vocabulary, 500), (count, length), generator=generator)
     ids[:, 1::2] = (ids[:, 0::2] * 7 + 3) % min(vocabulary, 500)
     return [Example(row, [IGNORE, *row[1:]]) for row in ids.tolist()]
-
-
-def objective_of(config: Any) -> Any:
-    """The teacher's objective."""
-    from tasks.engine.head import head_of, hidden_states
-    from tasks.engine.losses import cross_entropy
-
-    def objective(model: Any, batch: Any) -> dict[str, Any]:
-        hidden = hidden_states(model, batch)
-        return {"loss": cross_entropy(hidden, head_of(model), batch["labels"], config.loss_chunk_mib << 20)}
-
-    return objective
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 from tests.benchmarks.sft_shapes import FRAME, SHAPES, quickstart_lengths, write_checkpoint, write_rows
 from tests.benchmarks.turns import end_turn, take_turns, wait_for_turn
 
-WARM_UP, TIMED = 6, 10
+WARM_UP, TIMED = 6, 16
 AWAKE = 2  # first steps of a turn, not counted
 STEPS = WARM_UP + TIMED
 PROFILED = 3
@@ -34,6 +34,9 @@ RUNS: dict[str, Any] = {
     "curve trl": ("trl", "1b", "mixed", "lora", True),
     "ours bf16": ("ours", "1b", "long", "lora", True),
     "ours bf16 fast": ("ours", "1b", "long", "lora", False),
+    "curve fp8 ours": ("ours", "1b", "mixed", "lora", False, {"fp8": True}),
+    "ours fp8": ("ours", "1b", "long", "lora", True, {"fp8": True}),
+    "ours fp8 fast": ("ours", "1b", "long", "lora", False, {"fp8": True}),
     "ours bf16 no graph": ("ours", "1b", "long", "lora", True, {"cuda_graphs": "off"}),
     "ours bf16 eager": ("ours", "1b", "long", "lora", True, {"compile": "off"}),
     "ours bf16 padded": ("ours", "1b", "long", "lora", True, {"packing": "off"}),
@@ -47,10 +50,13 @@ RUNS: dict[str, Any] = {
     "liger bf16": ("liger", "1b", "long", "lora", True),
     "liger nf4": ("liger", "1b", "long", "qlora", True),
     "ours bf16 short": ("ours", "1b", "short", "lora", False),
+    "ours fp8 short": ("ours", "1b", "short", "lora", False, {"fp8": True}),
     "unsloth bf16 short": ("unsloth", "1b", "short", "lora", True),
+    "liger bf16 short": ("liger", "1b", "short", "lora", True),
     "ours bf16 4b": ("ours", "4b", "long", "lora", True),
     "ours bf16 4b fast": ("ours", "4b", "long", "lora", False),
     "ours nf4 4b": ("ours", "4b", "long", "qlora", True),
+    "ours fp8 4b fast": ("ours", "4b", "long", "lora", False, {"fp8": True}),
     "unsloth bf16 4b": ("unsloth", "4b", "long", "lora", True),
     "unsloth nf4 4b": ("unsloth", "4b", "long", "qlora", True),
 }
@@ -84,13 +90,18 @@ def run(work: Path, name: str) -> None:
     else:
         from tests.benchmarks.sft_peers import run_peer
 
-        found = run_peer(work, name, who, base, dataset, BATCH[rows], method, recompute, STEPS, WARM_UP, AWAKE)
-    (work / f"{name}.json").write_text(json.dumps(found))
+        found = run_peer(work, name, who, base, dataset, BATCH[rows], method, recompute, STEPS, WARM_UP, AWAKE, write)
+    write(work, name, found)
     seconds = statistics.median(found["seconds"])
     print(
         f"{name}: {seconds * 1e3:.1f} ms, peak {found['peak_gib']:.2f} GiB, first steps {found['start']:.0f} s",
         flush=True,
     )
+
+
+def write(work: Path, name: str, found: dict[str, Any]) -> None:
+    """Before a turn ends, and again with what came after it: nobody may wait for the last words."""
+    (work / f"{name}.json").write_text(json.dumps(found))
 
 
 def run_ours(
@@ -128,7 +139,15 @@ def run_ours(
             if step == STEPS - 1:
                 if profiler:
                     profiler.stop()
+                write(work, name, found())
                 end_turn(work, name)
+
+    def found() -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        last = STEPS - PROFILED - 1
+        timed = [b - a for a, b in zip(ticks[WARM_UP + AWAKE : last], ticks[WARM_UP + AWAKE + 1 : last], strict=False)]
+        told = {"seconds": timed, "losses": losses, "peak_gib": peak, "start": ticks[0] - began}
+        return told | ({"profile": kernels(profiler)} if profiler else {})
 
     curve = name.startswith("curve")
     asked: dict[str, Any] = dict(
@@ -143,12 +162,7 @@ def run_ours(
     out = work / f"out {name}"
     out.mkdir(exist_ok=True)
     fine_tune(config, ModelDir(base), dataset, out, job)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    timed = [b - a for a, b in zip(ticks[WARM_UP + AWAKE :], ticks[WARM_UP + AWAKE + 1 : -PROFILED - 1], strict=False)]
-    found = {"seconds": timed, "losses": losses, "peak_gib": peak, "start": ticks[0] - began}
-    if profiler:
-        found["profile"] = kernels(profiler)
-    return found
+    return found()
 
 
 KINDS = {

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def run_peer(
     work: Path, name: str, who: str, base: Path, dataset: Path, batch: int, method: str, recompute: bool, steps: int,
-    warm_up: int, awake: int,
+    warm_up: int, awake: int, write: Callable[[Path, str, dict[str, Any]], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Step times, losses and peak memory of `steps` steps of `who`."""
     os.environ.update(HF_HUB_OFFLINE="1", WANDB_DISABLED="true", UNSLOTH_DISABLE_STATISTICS="1")
@@ -42,6 +43,11 @@ def run_peer(
     ticks: list[float] = []
     losses: list[float] = []
 
+    def found() -> dict[str, Any]:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        timed = [b - a for a, b in zip(ticks[warm_up + awake :], ticks[warm_up + awake + 1 :], strict=False)]
+        return {"seconds": timed, "losses": losses, "peak_gib": peak, "start": ticks[0] - began}
+
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
             if "loss" in logs:
@@ -54,6 +60,7 @@ def run_peer(
                 wait_for_turn(work, name)
             ticks.append(time.perf_counter())
             if state.global_step == steps:
+                write(work, name, found())
                 end_turn(work, name)
 
     class InOrder(SFTTrainer):  # type: ignore[misc]
@@ -85,9 +92,7 @@ def run_peer(
         args=settings,
     )  # fmt: skip
     trainer.train()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    timed = [b - a for a, b in zip(ticks[warm_up + awake :], ticks[warm_up + awake + 1 :], strict=False)]
-    return {"seconds": timed, "losses": losses, "peak_gib": peak, "start": ticks[0] - began}
+    return found()
 
 
 def load(who: str, base: Path, four_bit: bool, recompute: bool) -> tuple[Any, Any]:

@@ -1,6 +1,7 @@
 """The settings that fit a card: micro-batch, recompute and optimizer, the effective batch as it was.
 
-config, plan = fit(config, "lora", base, lengths, gib=22.5)     # BadConfig, with the numbers, when nothing fits
+config, plan = fitted(config, "lora", base, rows, out, job)     # for the card that is there, told and written
+config, plan = fit(config, "lora", base, lengths, labels, 22.5) # BadConfig, with the numbers, when nothing fits
 """
 
 import json
@@ -12,10 +13,15 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from tasks.core.errors import BadConfig
+from tasks.core.job import Job
 from tasks.core.ladder import micro_batch
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
+from tasks.engine import processes
 from tasks.engine.batches import row_order
+from tasks.engine.chat import Example
+from tasks.engine.load import pick_device, pick_dtype
+from tasks.engine.memory.beside import ALONE, Beside
 from tasks.engine.memory.predict import GIB, Load, Parts, load_of, predict
 from tasks.engine.memory.shapes import Shapes, shapes_of
 from tasks.engine.packing import plan_packing
@@ -79,6 +85,10 @@ class MemoryPlan(NamedTuple):
             lines.append("| " + " | ".join([*cells, *numbers, mark]) + " |")
         return "\n".join(lines) + "\n"
 
+    def told(self) -> dict[str, object]:
+        """As it goes into report.json."""
+        return {"predicted_gib": round(self.chosen.parts.peak, 2), "file": "memory_plan"}
+
     def write(self, out: Path) -> None:
         """Into the stage's report."""
         (out / "report").mkdir(exist_ok=True)
@@ -96,22 +106,41 @@ def card_gib() -> float | None:
     return total / GIB - (0.0 if used < 1.0 else math.ceil(used))
 
 
+def fitted(
+    config: C, method: Method, base: ModelDir, rows: Sequence[Example], out: Path, job: Job, beside: Beside = ALONE
+) -> tuple[C, MemoryPlan | None]:
+    """The settings that fit the device's memory, told and written; the config's own without a plan."""
+    gib = card_gib() if config.memory_gib == "auto" else None if config.memory_gib == "off" else config.memory_gib
+    gib = processes.agree(gib)  # the cards may differ by a few MiB, the settings may not
+    if gib is None:
+        return config, None
+    lengths = [len(row.input_ids) for row in rows]
+    labels = sum(len(row.answer_ids) for row in rows) / sum(lengths)
+    config, plan = fit(config, method, base, lengths, labels, gib, processes.count(), beside)
+    job.log(f"memory plan: {plan.chosen.say()}, of {gib:.1f}")
+    plan.write(out)
+    return config, plan
+
+
 def fit(
-    config: C, method: Method, base: ModelDir, lengths: Sequence[int], labels: float, gib: float, processes: int = 1
-) -> tuple[C, MemoryPlan]:
+    config: C, method: Method, base: ModelDir, lengths: Sequence[int], labels: float, gib: float, count: int = 1,
+    beside: Beside = ALONE,
+) -> tuple[C, MemoryPlan]:  # fmt: skip
     """The config that fits, and all that was looked at.
 
-    `lengths` are the rows' tokens, `labels` the share of them with a label. Raises BadConfig when nothing fits.
+    `lengths` are the rows' tokens, `labels` the share of them with a label, `count` the processes that share a step.
+    Raises BadConfig when nothing fits.
     """
     shapes = shapes_of(base, config, method)
-    choices = list(_choices(config, method, shapes, lengths, labels, processes))
+    choices = list(_choices(config, method, shapes, lengths, labels, count, beside))
     fitting = [choice for choice in choices if choice.fits(gib)]
     if not fitting:
         least = min(choices, key=lambda choice: choice.parts.card)
         parts = ", ".join(f"{name} {value:.1f}" for name, value in least.parts._asdict().items() if value >= 0.05)
         raise BadConfig(
             f"{gib:.1f} GiB of device memory are not enough. The least: {least.say()} ({parts}). Set a smaller "
-            f"max_length (the longest row has {max(lengths)} tokens){_advice(method)}; memory_gib=off tries it anyway"
+            f"max_length (the longest row has {max(lengths)} tokens){_advice(method, config)}; memory_gib=off tries it "
+            "anyway"
         )
     chosen = min(fitting, key=lambda choice: choice.cost)
     update = {
@@ -122,22 +151,30 @@ def fit(
     return config.model_copy(update=update), MemoryPlan(gib, chosen, choices)
 
 
-def _advice(method: Method) -> str:
-    return {"full": ", method=lora", "lora": ", method=qlora or a smaller base", "qlora": " or a smaller base"}[method]
+def _advice(method: Method, config: TrainingConfig) -> str:
+    field = type(config).model_fields.get("method")
+    packs = field is None or "qlora" in str(field.annotation)
+    packed = ", method=qlora or a smaller base" if packs else " or a smaller model"
+    return {"full": ", method=lora", "lora": packed, "qlora": " or a smaller base"}[method]
 
 
 def _choices(
-    config: TrainingConfig, method: Method, shapes: Shapes, lengths: Sequence[int], labels: float, processes: int
-) -> Iterator[Choice]:
-    own = config.batch_size // processes
+    config: TrainingConfig, method: Method, shapes: Shapes, lengths: Sequence[int], labels: float, count: int,
+    beside: Beside,
+) -> Iterator[Choice]:  # fmt: skip
+    own = config.batch_size // count
     size = micro_batch(own, config.micro_batch_size)
     optimizers = dict.fromkeys([config.optimizer, "paged_adamw_8bit"])
+    precision = str(pick_dtype(config.precision, pick_device())).removeprefix("torch.")
     while True:
-        tokens = tokens_of(lengths, config.batch_size, size * processes, config.seed)
+        tokens = tokens_of(lengths, config.batch_size, size * count, config.seed)
         for optimizer in optimizers:
             for recompute in [True] if config.gradient_checkpointing else [False, True]:
-                tried = config.model_copy(update={"gradient_checkpointing": recompute, "optimizer": optimizer})
-                parts = _worst(shapes, load_of(tried, method, tokens, math.ceil(tokens * labels)), config.compile)
+                update = {"gradient_checkpointing": recompute, "optimizer": optimizer, "precision": precision}
+                tried = config.model_copy(update=update)
+                load = load_of(tried, method, tokens, math.ceil(tokens * labels))
+                load = load._replace(beside=beside.fixed + beside.per_token * tokens, per_label=beside.per_label)
+                parts = _worst(shapes, load, config.compile)
                 yield Choice(size, tokens, recompute, optimizer, parts, _cost(config, tokens, recompute, optimizer))
         if size == 1:
             return

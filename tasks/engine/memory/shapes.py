@@ -23,7 +23,7 @@ class Shapes(NamedTuple):
     """Sizes in elements. `ffn`, `query` and `key` are a layer's widths, `adapted_in` and `adapted_out` summed widths of
     a layer's adapted matrices, `streams` how many residual streams run side by side (AltUp in Gemma 3n), `per_layer`
     the width of per-layer embeddings, `embedded` the trained elements of embeddings; `gated` says whether the gated
-    MLP has adapters on all its matrices."""
+    MLP has adapters on all its matrices, `stacked` whether tasks.engine.stack runs the layers when all are trained."""
 
     layers: int
     hidden: int
@@ -43,6 +43,7 @@ class Shapes(NamedTuple):
     rank: int
     head: int
     gated: bool
+    stacked: bool = False
 
 
 def shapes_of(base: ModelDir, config: TrainingConfig, method: Method) -> Shapes:
@@ -106,6 +107,7 @@ def count(found: PretrainedConfig, config: TrainingConfig, method: Method) -> Sh
         rank=rank,
         head=text.vocab_size * text.hidden_size,
         gated=gated,
+        stacked=text.model_type == "gemma3_text",
     )
 
 

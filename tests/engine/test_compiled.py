@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from tasks.engine import offload
+from tasks.engine.compiled import run_layers
+from tasks.engine.fused_layers import fuse_adapters
+from tests.engine.test_fused import adapted, outcome
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_layers_that_keep_activations_away_have_the_same_gradients(monkeypatch, fused):
+    """Through AOTAutograd's graphs, which is where kept tensors are handed to the hooks."""
+    monkeypatch.setattr(offload, "LEAST", 1)
+    made = []
+    monkeypatch.setattr(offload.Offload, "_host", _counting(offload.Offload._host, made))
+    model = adapted("gemma3")
+    if fused:
+        fuse_adapters(model, keep=False)
+    want = outcome(model)
+    run_layers(model, recompute=True, compiled=True, away=True, backend="aot_eager", warn=pytest.fail)
+    for _ in range(2):  # the second step uses the first one's host memory
+        loss, gradients = outcome(model)
+        torch.testing.assert_close(loss, want[0], rtol=1e-9, atol=0)
+        for name, value in gradients.items():
+            torch.testing.assert_close(value, want[1][name], rtol=1e-6, atol=1e-9, msg=name)
+    assert {layer for layer, _ in made} == {0}  # of two layers the last keeps its own
+
+
+def _counting(plain, made):
+    def host(self, place, tensor):
+        made.append(place)
+        return plain(self, place, tensor)
+
+    return host
+
+
+def test_the_host_s_free_memory_is_respected():
+    assert offload.host_has(1 << 20)
+    assert not offload.host_has(1 << 50)
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_why():
+    def broken(graph, inputs):
+        raise RuntimeError("no such instruction")
+
+    model, said = adapted("llama"), []
+    want = outcome(model)
+    run_layers(model, recompute=True, compiled=True, backend=broken, warn=said.append)
+    loss, gradients = outcome(model)
+    torch.testing.assert_close(loss, want[0], rtol=1e-9, atol=0)
+    for name, value in gradients.items():
+        torch.testing.assert_close(value, want[1][name], rtol=1e-6, atol=1e-9, msg=name)
+    assert [text.partition(" runs")[0] for text in said] == ["LlamaDecoderLayer", "LlamaRMSNorm"]
+    assert all("no such instruction" in text for text in said)
