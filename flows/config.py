@@ -96,11 +96,13 @@ class PipelineConfig(FlowConfig):
     @model_validator(mode="after")
     def _files_lie_on_the_grid(self) -> Self:
         for one in self.gguf:
-            on_grid = not one.imatrix and one.embedding_type == self.student.grid_embedding and not one.overrides
+            plain = not one.imatrix and not one.overrides and one.sensitive == "recommend"
+            on_grid = plain and one.embedding_type == self.student.grid_embedding
             if one.kind == self.student.grid and not on_grid:
                 raise ValueError(
-                    f"the student is trained on the grid of {one.kind}: give that GGUF imatrix: false, no overrides "
-                    f"and embedding_type: {self.student.grid_embedding}, or its weights are rounded once more"
+                    f"the student is trained on the grid of {one.kind}: give that GGUF imatrix: false, no overrides, "
+                    f"sensitive: recommend and embedding_type: {self.student.grid_embedding}, or its weights are rounded "
+                    "once more"
                 )
         return self
 

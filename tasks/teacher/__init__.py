@@ -13,8 +13,8 @@ class FineTuneConfig(TrainingConfig):
     method: Literal["lora", "qlora", "full"] = "lora"
     """Adapters, adapters on a base in 4 bits (NF4), or all weights."""
     fp8: bool = False
-    """With `lora` on a Hopper card: multiply the frozen weights of the MLPs in 8-bit floats. Faster, a little less
-    exact; adapters, attention, norms, the head and all gradients stay as they are."""
+    """With `lora` on a card that has them (compute capability 8.9): multiply the MLPs' frozen weights in 8-bit floats,
+    forward and backward. Faster, a little less exact; adapters, attention, norms and the head stay as they are."""
     processes: int = Field(1, ge=1, le=16)
     """GPUs of this host that train together, one process each; `batch_size` is split over them."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"

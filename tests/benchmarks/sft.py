@@ -168,7 +168,8 @@ def run_ours(
 KINDS = {
     "attention": ("flash", "fmha", "attention"),
     "matrix products": ("gemm", "nvjet", "cutlass", "cublas", "sm90_xmma", "splitK"),
-    "head's loss": ("_losses",),
+    "head's loss": ("_losses", "_sums", "_gradient"),
+    "to and from the host, beside the rest": ("Memcpy DtoH", "Memcpy HtoD"),
     "NF4": ("dequantize",),
     "compiled elementwise": ("triton_",),
     "optimizer": ("adam", "multi_tensor", "Optimizer"),
