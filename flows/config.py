@@ -101,8 +101,8 @@ class PipelineConfig(FlowConfig):
             if one.kind == self.student.grid and not on_grid:
                 raise ValueError(
                     f"the student is trained on the grid of {one.kind}: give that GGUF imatrix: false, no overrides, "
-                    f"sensitive: recommend and embedding_type: {self.student.grid_embedding}, or its weights are rounded "
-                    "once more"
+                    f"sensitive: recommend and embedding_type: {self.student.grid_embedding}, "
+                    "or its weights are rounded once more"
                 )
         return self
 
