@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 from transformers import PreTrainedModel
 
 from tasks.engine import processes
@@ -28,7 +27,6 @@ from tasks.engine.head import unwrap
 from tasks.engine.stack import Stack
 
 LABELS = 128  # a number of labels is rounded up to a multiple of this
-KEPT = 1.0  # share of the activations that compiled layers keep; less is recomputed, cheapest first
 ALIGNED = 64  # elements: a parameter's gradient begins at 256 bytes
 BY_LABEL = ("positions", "labels", "label_weights")  # and all whose name begins with "teacher_"
 
@@ -137,7 +135,7 @@ class Graphs:
 
     def _work(self, batch: Batch) -> Sums:
         own = cast(Batch, {**batch, **self.extras})
-        with self.look, functorch_config.patch(activation_memory_budget=KEPT):
+        with self.look:
             sums = self.objective(self.model, own)
         sums["loss"].backward()
         return {name: value.detach() for name, value in sums.items()}
