@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Everything the demo leaves behind lies below .stillhouse, Prefect's database included.
-export PREFECT_HOME ?= $(CURDIR)/.stillhouse/prefect
+STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
+export PREFECT_HOME ?= $(abspath $(STILLHOUSE_HOME))/prefect
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export DO_NOT_TRACK ?= 1
 export PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE ?= prefect.server.concurrency.lease_storage.filesystem
@@ -12,8 +13,9 @@ demo: .venv/ready
 	mkdir -p $(PREFECT_HOME)
 	$(BIN)/python -m flows.pipeline deployments/presets/quickstart.yaml
 
+# Two workers; a file's tests stay together, for they share what was expensive to make.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -26,7 +28,7 @@ prefect-ui: .venv/ready
 	$(BIN)/prefect server start
 
 mlflow-ui: .venv/ready
-	$(BIN)/mlflow server --backend-store-uri sqlite:///$(CURDIR)/.stillhouse/mlflow.db --port 5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --backend-store-uri sqlite:///$(abspath $(STILLHOUSE_HOME))/mlflow.db --port 5000
 
 # torch first and by its exact version: a wheel without CUDA is used where pip is set up to find one.
 .venv/ready: pyproject.toml constraints.txt

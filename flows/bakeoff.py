@@ -12,7 +12,6 @@ from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.runtime import flow_run
 from pydantic import ConfigDict, Field
 
 from flows.config import FlowConfig, given_files
@@ -119,7 +118,7 @@ def _report(run: Stages, ref: Any) -> dict[str, Any]:
 
 
 def _publish(run: Stages, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    directory = run.settings.root / "reports" / str(flow_run.get_name())
+    directory = run.report
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "bakeoff.json").write_text(json.dumps(rows, indent=1))
     (directory / "bakeoff.md").write_text(markdown(rows))

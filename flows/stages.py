@@ -1,6 +1,8 @@
 """Runs a flow's tasks one after the other, remembers how each went, and opens and ends the flow's MLflow run."""
 
+import re
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
@@ -25,6 +27,7 @@ class Stages:
     def __init__(self, config: BaseModel) -> None:
         self.settings = Settings()
         self.flow_run_id = str(flow_run.get_id())
+        self.report = report_directory(self.settings.root, str(flow_run.get_name()), self.flow_run_id)
         self.records: list[dict[str, Any]] = []
         self._config = config
 
@@ -55,6 +58,12 @@ class Stages:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ending.__exit__(kind, error, trace)
+
+
+def report_directory(home: Path, name: str, flow_run_id: str) -> Path:
+    """`<home>/reports/<name>`, and never elsewhere: whoever starts a run may name it `../store`, or `latest`."""
+    safe = re.sub(r"[^\w.-]+", "-", name).strip(".-")[:100]
+    return home / "reports" / (safe if safe and safe != "latest" else flow_run_id)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

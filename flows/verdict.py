@@ -5,7 +5,6 @@ import shutil
 from typing import Any
 
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.runtime import flow_run
 
 from flows.stages import Stages
 from tasks.core.refs import ReportRef
@@ -24,8 +23,7 @@ def publish_verdict(run: Stages, outliers: ReportRef) -> dict[str, Any]:
     """The table, the page as a Prefect artifact, and the report's files in `<home>/reports/<flow run>/`."""
     details = verdict_table(run, outliers)
     source = run.settings.root / "inputs" / outliers.digest / "report"
-    directory = run.settings.root / "reports" / str(flow_run.get_name())
-    shutil.copytree(source, directory, dirs_exist_ok=True)
+    directory = shutil.copytree(source, run.report, dirs_exist_ok=True)
     create_markdown_artifact((source / "outliers.md").read_text(), key="outliers", description="What was found")
     run.mlflow.artifacts(directory, "report")
     return {

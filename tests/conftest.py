@@ -1,6 +1,8 @@
 """Fixtures of more than one room."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -11,6 +13,28 @@ from mypy_boto3_s3 import S3Client
 
 from tests.prefect_server import PrefectServer
 from tests.swift import KEY, SECRET, Swift
+
+# What takes longest, longest first: so that two workers (`make test`) end at about the same time.
+LONGEST = [
+    "flows/test_pipeline.py",
+    "flows/test_kill.py",
+    "flows/test_other_flows.py",
+    "deployments/test_deployments.py",
+]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a thread a worker: torch's own would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, where there are several workers."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=place)
 
 
 class Bucket(NamedTuple):

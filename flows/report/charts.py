@@ -44,9 +44,7 @@ def size_against_quality(points: Sequence[Point], quality: str) -> str:
     marks, placed = [], list[tuple[float, float]]()
     for point in sorted(points, key=lambda point: -point.y):
         at, top, bottom, high = x(point.x), y(100 * point.y), y(100 * point.low), y(100 * point.high)
-        beside = top + 4
-        while any(abs(at - other) < 90 and abs(beside - taken) < 13 for other, taken in placed):
-            beside += 4
+        beside = _free(at, top + 4, placed)
         placed.append((at, beside))
         colour = f"var(--c{point.group % COLOURS})"
         ends, style = (
@@ -57,6 +55,14 @@ def size_against_quality(points: Sequence[Point], quality: str) -> str:
         marks.append(f'<circle cx="{at:.1f}" cy="{top:.1f}" r="4.5" fill="{colour}"/>')
         marks.append(f'<text x="{at + 9:.1f}" y="{beside:.1f}">{escape(point.label)}</text>')
     return _svg(x, y, "MB (logarithmic)", f"{quality}, %", marks, f"{quality} against size")
+
+
+def _free(at: float, wanted: float, placed: Sequence[tuple[float, float]]) -> float:
+    """The height nearest to `wanted`, inside the chart, at which a label beside `at` covers no other."""
+    heights = [float(height) for height in range(TOP + 8, HEIGHT - BOTTOM - 3)]
+    taken = [other for place, other in placed if abs(at - place) < 90]
+    free = [height for height in heights if all(abs(height - other) >= 13 for other in taken)]
+    return min(free or heights, key=lambda height: abs(height - wanted))
 
 
 def losses(name: str, series: dict[str, Sequence[tuple[float, float]]]) -> str:
@@ -87,6 +93,7 @@ def histogram(values: Sequence[float], last: float, unit: str, title: str) -> st
         bins[min(23, int(24 * value / last))] += 1
     x = linear_axis([0, last], LEFT, WIDTH - RIGHT)
     y = linear_axis([0, max(bins)], HEIGHT - BOTTOM, TOP)
+    y = y._replace(ticks=[tick for tick in y.ticks if tick == int(tick)])
     marks = []
     for place, count in enumerate(bins):
         left, right, top = x(last * place / 24), x(last * (place + 1) / 24), y(count)
@@ -111,13 +118,19 @@ def linear_axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 
 def log_axis(values: Sequence[float], start: float, end: float) -> Axis:
-    """A logarithmic axis over the values (all above 0), with ticks at 1, 2 and 5 of each decade, or at decades."""
+    """A logarithmic axis over the values (all above 0), with ticks at 1, 2 and 5 of each decade, or at decades.
+
+    Where that gives less than three, because the values lie close together, ticks are those of a linear axis.
+    """
     first, last = min(values) / 1.1, max(values) * 1.1
     decades = range(math.floor(math.log10(first)), math.ceil(math.log10(last)) + 1)
     ticks = [factor * 10.0**decade for decade in decades for factor in (1, 2, 5)]
     if len([tick for tick in ticks if first <= tick <= last]) > 7:
         ticks = [10.0**decade for decade in decades]
-    return Axis(first, last, start, end, [tick for tick in ticks if first <= tick <= last], log=True)
+    inside = [tick for tick in ticks if first <= tick <= last]
+    if len(inside) < 3:
+        inside = [tick for tick in linear_axis([first, last], start, end).ticks if first <= tick <= last]
+    return Axis(first, last, start, end, inside, log=True)
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 300) -> Sequence[tuple[float, float]]:

@@ -1,6 +1,7 @@
 """The page: tables and charts of one run, rendered from plain values into a single file."""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ PERPLEXITIES = {"held_out_perplexity": "on expected answers", "general_perplexit
 GROUPS = ["base", "teacher", "direct", "student", "merged", "gguf"]
 
 
-def render(summary: Mapping[str, Any], gathered: Gathered) -> str:
-    """The page as HTML with nothing outside it."""
+def render(name: str, summary: Mapping[str, Any], gathered: Gathered) -> str:
+    """The page of the run `name` as HTML with nothing outside it."""
     template = (Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "points": points, "p_value": p_value}
@@ -35,6 +36,7 @@ def render(summary: Mapping[str, Any], gathered: Gathered) -> str:
     pairs = [("teacher", "student"), *(("student", name) for name in files)]
     pairs = list(dict.fromkeys((one["from"], one["to"]) for one in summary.get("comparisons", []))) or pairs
     return environment.from_string(template).render(
+        name=name, when=datetime.now().astimezone().strftime("%d %B %Y, %H:%M %Z"),
         summary=summary, gathered=gathered, by_name=by_name,
         scores=_columns(TITLES, [{**one.scores["rates"], **one.scores["means"]} for one in evaluations]),
         speeds=_columns(SPEEDS, facts.values()), perplexities=_columns(PERPLEXITIES, facts.values()),

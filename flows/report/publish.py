@@ -9,7 +9,6 @@ from typing import Any
 
 from prefect import get_run_logger
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
-from prefect.runtime import flow_run
 
 from flows.report.gather import Evaluation, Gathered, gather
 from flows.report.page import render
@@ -51,7 +50,7 @@ def publish(
         **(more or {}),
     }
     gathered = gather(run.settings, scores, shown, gate)
-    directory = write_report(run.settings.root / "reports" / str(flow_run.get_name()), summary, gathered)
+    directory = write_report(run.report, summary, gathered)
     run.mlflow.artifacts(directory, "report")
     rates = {f"{row['name']}/{rate}": row[rate] for row in rows for rate in RATES if row[rate] is not None}
     run.mlflow.metrics(0, rates)
@@ -72,7 +71,7 @@ def write_report(directory: Path, summary: dict[str, Any], gathered: Gathered) -
     (directory / "summary.json").write_text(json.dumps(summary, indent=1))
     for evaluation in gathered.evaluations:
         _write_predictions(evaluation, directory / "predictions" / f"{evaluation.name}.jsonl")
-    (directory / "index.html").write_text(render(summary, gathered), encoding="utf-8")
+    (directory / "index.html").write_text(render(directory.name, summary, gathered), encoding="utf-8")
     return directory
 
 
@@ -94,9 +93,8 @@ def _row(name: str, ref: ReportRef, kind: str) -> dict[str, Any]:
 
 
 def _markdown(summary: dict[str, Any], directory: Path) -> str:
-    lines = ["| model | format | MB | " + " | ".join(RATES) + " | tokens/s |", "|---" * (len(RATES) + 4) + "|"]
-    for row in summary["models"]:
-        lines.append("| " + " | ".join([row["name"], *cells(row)]) + " |")
+    head, *rows = ("| " + " | ".join(row) + " |" for row in cells(summary))
+    lines = [head, "|---" * head.count(" | ") + "|---|", *rows]
     if summary["gate"]:
         verdict = "passed" if summary["gate"]["passed"] else "failed"
         lines += ["", f"Gate {verdict}: {html.escape(str(summary['gate']['said']))}"]
@@ -104,6 +102,7 @@ def _markdown(summary: dict[str, Any], directory: Path) -> str:
 
 
 def _point_latest(directory: Path) -> None:
-    latest = directory.parent / "latest"
-    latest.unlink(missing_ok=True)
-    latest.symlink_to(directory.name)
+    latest, new = directory.parent / "latest", directory.parent / f".latest-{directory.name}"
+    new.unlink(missing_ok=True)
+    new.symlink_to(directory.name)
+    new.replace(latest)  # at once: another run may end now too

@@ -80,6 +80,8 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
         _write_json(out / "provenance.json", provenance(config, inputs))
         seconds = {"seconds": round(time.time() - start, 3)}
         _write_json(out / "report.json", {"stage": stage.__name__, **seconds, **report.model_dump()})
+        if rank == 0:
+            _say(report, out)
     except BaseException as error:
         known = _known(error)
         if known is None:
@@ -91,6 +93,13 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
         if rank or "TORCHELASTIC_RUN_ID" in os.environ:  # the others may wait for us in a collective: no long goodbye
             os._exit(known.exit_code)
         sys.exit(known.exit_code)
+
+
+def _say(report: Report, out: Path) -> None:
+    """The end of the log: for a person who started the command by hand it is all that is shown."""
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print("; ".join([str(out), *(f"{name} {value}" for name, value in report.facts.items())]), file=sys.stderr)
 
 
 def _rank() -> int:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tasks.core.errors import BadConfig
+from tasks.core.tracking import without_password
 
 
 def download_report(run: str, scratch: Path, tracking_uri: str) -> Path:
@@ -15,4 +16,5 @@ def download_report(run: str, scratch: Path, tracking_uri: str) -> Path:
             download_artifacts(run_id=run, artifact_path="report", dst_path=str(scratch), tracking_uri=tracking_uri)
         )
     except (MlflowException, OSError) as error:
-        raise BadConfig(f"no run {run!r} with a report in MLflow at {tracking_uri}: {error}") from error
+        where, said = without_password(tracking_uri), without_password(str(error))
+        raise BadConfig(f"no run {run!r} with a report in MLflow at {where}: {said}") from error

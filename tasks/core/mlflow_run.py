@@ -89,4 +89,4 @@ class Run:
     def _do(self, call: Callable[..., None]) -> None:
         if self.run_id is not None:
             run_id = self.run_id
-            self._tracker.call(lambda client: call(client, run_id))
+            self._tracker.call(lambda client: call(client, run_id), dispensable=True)

@@ -188,7 +188,10 @@ def _publish(store: Store, out: Path, kind: type[R], fields: Mapping[str, Any], 
 def _alone(scratch: Path) -> Iterator[None]:
     """Two runs on this host that want the same output: the second waits, and then finds it made."""
     scratch.mkdir(parents=True, exist_ok=True)
-    lock = scratch.with_suffix(".lock")
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with scratch.with_name(scratch.name + ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            get_run_logger().info("another run on this host is making %s: waiting for it", scratch.name)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -19,6 +19,8 @@ from tasks.core.errors import BY_EXIT_CODE, BadConfig, BadData, StageError
 
 WILD = set("*?[")
 DATA = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+MOST_TOLD = 10
+SCHEME = re.compile(r"(?!s3://|hub:)[A-Za-z][A-Za-z0-9+.-]*:/")
 HUB = re.compile(r"hub:(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>.+))?")
 Log = Callable[[str], None]
 
@@ -28,6 +30,8 @@ def gather(split: str, source: str, directory: Path, log: Log) -> int:
 
     Raises BadData where there is nothing, BadConfig for a source that cannot be read so, and storage errors.
     """
+    if not source.strip() or SCHEME.match(source):
+        raise BadConfig(f"{split}: {source!r} is no source: give a path, a pattern, s3://bucket/key or hub:owner/name")
     target = directory / "files"
     target.mkdir(exist_ok=True)
     if source.startswith("s3://"):
@@ -35,7 +39,7 @@ def gather(split: str, source: str, directory: Path, log: Log) -> int:
     elif source.startswith("hub:"):
         found = dict(_from_hub(source, "" if split == "train" else split, directory / "hub" / split, log))
     else:
-        found = _local(split, source)
+        found = _local(split, source, log)
     if len(found) == 1 and not Path(source).expanduser().is_dir() and not source.startswith("hub:"):
         ((name, path),) = found.items()
         _link(target / (split + "".join(_suffixes(name))), path)
@@ -45,7 +49,7 @@ def gather(split: str, source: str, directory: Path, log: Log) -> int:
     return sum(path.stat().st_size for path in found.values())
 
 
-def _local(split: str, source: str) -> dict[str, Path]:
+def _local(split: str, source: str, log: Log) -> dict[str, Path]:
     path = Path(source).expanduser().absolute()
     if path.is_file():
         return {path.name: path}
@@ -58,9 +62,13 @@ def _local(split: str, source: str) -> dict[str, Path]:
     else:
         raise BadData(f"{split}: no file at {path}; paths are relative to {Path.cwd()}")
     found = {name: one for name, one in found.items() if not any(p.startswith(".") for p in Path(name).parts)}
-    if not found:
-        raise BadData(f"{split}: no file in {path}; paths are relative to {Path.cwd()}")
-    return found
+    data = {name: one for name, one in found.items() if _is_data(name) or (split == "text" and name.endswith(".txt"))}
+    if not data:
+        others = f" that holds data ({', '.join(list(found)[:3])} ...)" if found else ""
+        raise BadData(f"{split}: no file in {path}{others}; paths are relative to {Path.cwd()}")
+    for name in list(found.keys() - data.keys())[:MOST_TOLD]:
+        log(f"{split}: {name} is passed over: it is no data file")
+    return data
 
 
 def _common(places: list[Path]) -> Path:

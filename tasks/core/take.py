@@ -1,5 +1,6 @@
 """Takes a user's files and base models into the store, so that every machine works on the same verified bytes."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,14 +33,16 @@ def take_files(files: Mapping[str, str]) -> FilesRef:
 def take_model(source: str, revision: str | None = None) -> ModelRef:
     """A local model directory, or a model of the Hugging Face hub at `revision`, as an artifact.
 
-    Raises `BadConfig` when it is neither, lacks config.json or has no safetensors.
+    Raises `BadConfig` when it is neither, lacks config.json, or its safetensors are not all there.
     """
     local = Path(source).expanduser().absolute()
+    if local.is_file():
+        raise BadConfig(
+            f"{source} is a file; give the directory with config.json, tokenizer and safetensors (a GGUF cannot be "
+            "trained or quantized: give the model that it was made from)"
+        )
     directory = local if local.is_dir() else _download(source, revision)
-    if not (directory / "config.json").exists():
-        raise BadConfig(f"{source}: {directory} holds no config.json, so it is not a model in Hugging Face's layout")
-    if not any(directory.glob("*.safetensors")):
-        raise BadConfig(f"{source}: no *.safetensors in {directory}; convert its weights first (pickles are refused)")
+    _require_whole(source, directory)
     with tempfile.TemporaryDirectory() as staged:
         for pattern in MODEL_FILES:
             for path in directory.glob(pattern):
@@ -47,6 +50,47 @@ def take_model(source: str, revision: str | None = None) -> ModelRef:
         store = open_store(Settings().store_uri)
         digest = store.put(Path(staged))
     return ModelRef(uri=store.uri, digest=digest, facts={"source": source})
+
+
+def _require_whole(source: str, directory: Path) -> None:
+    """Raises `BadConfig` for what a copy of a model often lacks: better now than after an hour."""
+    if not (directory / "config.json").exists():
+        raise BadConfig(f"{source}: {directory} holds no config.json, so it is not a model in Hugging Face's layout")
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        raise BadConfig(f"{source}: no *.safetensors in {directory}; convert its weights first (pickles are refused)")
+    index = directory / "model.safetensors.index.json"
+    for path in (directory / "config.json", *([index] if index.is_file() else [])):
+        try:
+            read = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise BadConfig(f"{source}: {path} is not JSON ({error}): copy or download it again") from error
+    listed = set(read.get("weight_map", {}).values())
+    if lacking := sorted(listed - {path.name for path in weights}):
+        raise BadConfig(
+            f"{source}: {directory} lacks {lacking[0]} ({len(lacking)} of {len(listed)} files): copy it again"
+        )
+    for path in weights:
+        if fault := _fault(path):
+            raise BadConfig(f"{source}: {path} {fault}")
+
+
+def _fault(weights: Path) -> str | None:
+    """What is wrong with a safetensors file, by its header and its size; None when nothing is."""
+    size = weights.stat().st_size
+    with weights.open("rb") as file:
+        first = file.read(8)
+        if first == b"version ":
+            return "is a pointer of git-lfs, not weights: run git lfs pull there"
+        length = int.from_bytes(first, "little")
+        try:
+            header = json.loads(file.read(length)) if length < size else None
+        except ValueError:
+            return "is no safetensors file: its header is not JSON"
+    tensors = [one for name, one in header.items() if name != "__metadata__"] if header is not None else []
+    if header is None or size != 8 + length + max((one["data_offsets"][1] for one in tensors), default=0):
+        return "is cut off: copy or download it again"
+    return None
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -5,6 +5,7 @@ and a later run of the same command records the cached stages with all their num
 """
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,22 +51,33 @@ class Tracker:
         self._experiment = self.call(self._find_experiment)
         self._parent: Run | None = None
 
-    def call(self, action: "Callable[[MlflowClient], Any]") -> Any:
-        """Runs `action(client)`; None, and a warning the first time, when MLflow does not answer."""
+    def call(self, action: "Callable[[MlflowClient], Any]", dispensable: bool = False) -> Any:
+        """Runs `action(client)`; None, and a warning, when MLflow fails: from then on it is not asked again.
+
+        A `dispensable` action that MLflow only refuses (a param that changed, say) is the only thing that is lost.
+        """
+        from boto3.exceptions import Boto3Error  # noqa: PLC0415  (what artifacts straight to S3 may raise)
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
         from mlflow import MlflowClient  # noqa: PLC0415  (two seconds)
         from mlflow.exceptions import MlflowException  # noqa: PLC0415
+        from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
+        failures = MlflowException, SQLAlchemyError, Boto3Error, BotoCoreError, ClientError, ImportError, OSError
         if self._down:
             return None
         try:
             if self._client is None:
                 self._client = MlflowClient(self._settings.tracking_uri)
             return action(self._client)
-        except (MlflowException, OSError) as error:
+        except failures as error:
+            said = without_password(str(error))
+            if dispensable and isinstance(error, MlflowException) and error.get_http_status_code() == 400:
+                self.warn(f"MLflow refused to record something; the run goes on: {said}")
+                return None
             self._down = True
             self.warn(
-                f"MLflow at {self._settings.tracking_uri} does not answer; the run goes on without it. "
-                f"Once it is back, the same command records what was done. ({error})"
+                f"MLflow at {without_password(self._settings.tracking_uri)} failed; the run goes on without it. "
+                f"Once it works again, the same command records what was done. ({said})"
             )
             return None
 
@@ -147,7 +159,7 @@ class Tracker:
         if run.run_id is None:
             return None
         uri = self._settings.tracking_uri
-        server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+        server = without_password(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
         return f"{server}/#/experiments/{self._experiment}/runs/{run.run_id}"
 
     def reap(self) -> None:
@@ -160,6 +172,11 @@ class Tracker:
             pid, _, created = rest.partition(":")
             if host == socket.gethostname() and not _alive(int(pid), int(created)):
                 client.set_terminated(run.info.run_id, "KILLED")
+
+
+def without_password(text: str) -> str:
+    """`text` with `user:password@` of its URLs left out: it is going to be shown."""
+    return re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
 
 
 def _alive(pid: int, created: int) -> bool:

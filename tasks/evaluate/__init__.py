@@ -49,8 +49,8 @@ class EvaluateConfig(StageConfig):
     forget; 0 measures none."""
 
     metric: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
-    """A metric of your own, `module:function`: called with (question, expected, answer) for each row, gives a number.
-    The cache does not see its code: rename it when it changes."""
+    """A metric of your own, `module:function`: called with (question, expected, answer) for each row, gives a
+    number from 0 to 1. The cache does not see its code: rename it when it changes."""
 
     mistakes: int = Field(default=20, ge=0)
     """Wrong answers shown in the report."""

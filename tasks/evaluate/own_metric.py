@@ -1,7 +1,6 @@
 """A metric that the user wrote, by import path: `module:function`, called with (question, expected, answer)."""
 
 import importlib
-import math
 from collections.abc import Callable
 from numbers import Real
 
@@ -24,8 +23,11 @@ def load_metric(path: str) -> Metric:
 
     def metric(question: str, expected: str, answer: str) -> float:
         value = function(question, expected, answer)
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise BadConfig(f"metric {path!r} gave {value!r} for the question {question[:80]!r}: it must be a number")
+        if not isinstance(value, Real) or not 0 <= float(value) <= 1:  # NaN is neither
+            raise BadConfig(
+                f"metric {path!r} gave {value!r} for the question {question[:80]!r}: it must be a number from 0 to 1, "
+                "for it is shown as a percentage and the gate counts its points"
+            )
         return float(value)
 
     return metric

@@ -1,6 +1,10 @@
-"""Provenance in a GGUF's own metadata, so that the file alone says where it came from."""
+"""Provenance in a GGUF's own metadata, so that the file alone says where it came from.
+
+python -m tasks.gguf.metadata model.gguf
+"""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +39,8 @@ def _provenance(directory: Path) -> dict[str, Any] | None:
     """What the stage that made `directory` wrote of itself and, inside, of its inputs: the whole lineage."""
     file = directory / "provenance.json"
     return json.loads(file.read_text()) if file.is_file() else None
+
+
+if __name__ == "__main__":
+    for name, value in read_origin(Path(sys.argv[1])).items():
+        print(f"{name}: {value}")

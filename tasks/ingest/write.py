@@ -68,8 +68,9 @@ def _codes(good: pl.DataFrame, total: int) -> NDArray[np.uint8]:
 
 
 def _staged_blocks(staged: Staged) -> Iterator[tuple[int, NDArray[np.int64], memoryview]]:
-    """Each file of the first pass: the number of its first row, where its lines end, and its bytes."""
+    """Each file of the first pass that has rows: the number of its first row, where its lines end, and its bytes."""
     sizes, first = staged.rows["bytes"].to_numpy(), 0
     for path, rows in zip(staged.lines, staged.counts, strict=True):
-        yield first, np.cumsum(sizes[first : first + rows], dtype=np.int64), memoryview(path.read_bytes())
+        if rows:  # a block may have nothing but faulty rows
+            yield first, np.cumsum(sizes[first : first + rows], dtype=np.int64), memoryview(path.read_bytes())
         first += rows

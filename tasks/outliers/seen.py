@@ -58,14 +58,3 @@ class Activations:
     def stream_peak(self) -> float:
         """The largest magnitude in the residual stream."""
         return max([self.embedding.value, *(max(one.middle.value, one.output.value) for one in self.layers.values())])
-
-    @property
-    def matmul_peak(self) -> tuple[float, str]:
-        """The largest magnitude that goes into or comes out of a linear layer, and where."""
-        found = [(max(float(one.maxima.max()), one.output_peak), name) for name, one in self.linears.items()]
-        return max(found, default=(0.0, ""))
-
-    @property
-    def norm_peak(self) -> tuple[float, str]:
-        """The largest magnitude behind a norm, and where."""
-        return max(((value, name) for name, value in self.norms.items()), default=(0.0, ""))

@@ -65,10 +65,14 @@ def digests() -> tuple[str, str]:
 
 
 def test_code_reached_through_imports_counts_and_nothing_else(tree: Path) -> None:
-    one, two = digests()
+    def keys() -> list[str]:
+        return [cache.cache_key(stage, IngestConfig(), {"files": model(A)}) for stage in ("one", "two")]
+
+    (one, two), (key, other) = digests(), keys()
     (tree / "tasks/engine/load.py").write_text("def load():\n    return 2\n")
     changed, same = digests()
     assert changed != one and same == two
+    assert keys()[0] != key and keys()[1] == other
 
 
 def test_comments_docstrings_and_formatting_do_not_count(tree: Path) -> None:

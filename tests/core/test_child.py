@@ -48,6 +48,7 @@ def test_success_writes_report_last_and_forwards_events(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["facts"] == {"rung": 2, "data": "d", "adapter": "adapter"}
     assert report["stage"] == "probe"
+    assert (tmp_path / "work" / "log.txt").read_text().endswith("out; rung 2; data d; adapter adapter\n")
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["config"] == {"act": "succeed"}
 
 
@@ -84,7 +85,7 @@ def test_a_stale_error_is_not_told_again(tmp_path: Path) -> None:
 
 def test_stall_is_seen_and_its_stacks_are_shown(tmp_path: Path) -> None:
     with pytest.raises(Stalled, match="in probe"):
-        run(tmp_path, "sleep", stall=2)
+        run(tmp_path, "sleep", stall=3)
     assert not psutil.pid_exists(pid_in(tmp_path, "pid"))
 
 
@@ -149,7 +150,7 @@ def test_the_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 def test_the_next_command_finds_the_warm_process_free_again(tmp_path: Path) -> None:
     for act, error in (("killed", Killed), ("sleep", Stalled), ("gate", GateFailed)):
         with pytest.raises(error):
-            run(tmp_path, act, stall=1.5)
+            run(tmp_path, act, stall=1.5 if act == "sleep" else 30)
     run(tmp_path, "succeed")
     assert not child.NURSERY._lock.locked()
 
@@ -160,9 +161,10 @@ def test_a_command_can_be_told_apart_by_name(tmp_path: Path) -> None:
     def look(event: dict[str, Any]) -> None:
         if str(event.get("message", "")).startswith("pid"):
             names.append(Path(f"/proc/{event['message'].split()[1]}/comm").read_text().strip())
+            raise KeyboardInterrupt
 
     (tmp_path / "config.json").write_text('{"act": "sleep"}')
     arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    with pytest.raises(Stalled):
-        child.run_command("tests.core.probe", arguments, tmp_path / "work", look, 1.5, 60, WARM["warm"])
+    with pytest.raises(KeyboardInterrupt):
+        child.run_command("tests.core.probe", arguments, tmp_path / "work", look, 30, 60, WARM["warm"])
     assert names == ["stage:core"]

@@ -8,13 +8,15 @@ from mlflow import MlflowClient
 
 from tasks.core.errors import GateFailed, Preempted
 from tasks.core.settings import Settings
-from tasks.core.tracking import PROCESS, STAGE, Tracker
+from tasks.core.tracking import PROCESS, STAGE, Tracker, without_password
+from tests.mlflow_database import put_empty_database
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    put_empty_database(tmp_path)
     return Settings()
 
 
@@ -104,3 +106,35 @@ def test_a_server_that_is_not_there_warns_once_and_stops_nothing(
         run.metrics(1, {"loss": 2.0})
     assert run.run_id is None and tracker.link(run) is None
     assert len(warnings) == 1 and "the run goes on without it" in warnings[0]
+
+
+def test_what_mlflow_refuses_is_all_that_is_lost(settings: Settings) -> None:
+    warnings: list[str] = []
+    tracker = Tracker("flow-1", "brave-otter", settings, warnings.append)
+    with tracker.stage("teacher") as run:
+        run.params({"rank": 8})
+        run.params({"rank": 16})
+        run.metrics(1, {"loss": 2.0})
+    assert len(warnings) == 1 and "refused" in warnings[0] and "rank" in warnings[0]
+    found = MlflowClient(settings.tracking_uri).get_run(str(run.run_id))
+    assert (found.data.params, found.data.metrics, found.info.status) == ({"rank": "8"}, {"loss": 2.0}, "FINISHED")
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://joe:hunter2@127.0.0.1:9/mlflow", "http://joe:hunter2@127.0.0.1:9", "sqlite:////proc/x/m.db"]
+)
+def test_a_database_or_server_out_of_reach_stops_nothing_and_no_password_is_told(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    warnings: list[str] = []
+    with Tracker("flow-1", "brave-otter", Settings(), warnings.append).stage("teacher") as run:
+        run.metrics(1, {"loss": 2.0})
+    assert run.run_id is None and len(warnings) == 1
+    assert "the run goes on without it" in warnings[0] and "hunter2" not in warnings[0]
+
+
+def test_a_link_shows_no_password() -> None:
+    assert without_password("https://joe:hunter2@mlflow.example.org/x") == "https://mlflow.example.org/x"
+    assert without_password("see http://a/b@c and s3://bucket/key") == "see http://a/b@c and s3://bucket/key"

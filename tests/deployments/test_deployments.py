@@ -1,6 +1,7 @@
 """`prefect.yaml` as a user deploys it: real server, real worker, runs made over REST, artifacts on a real S3 server."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -92,6 +93,12 @@ def test_the_nightly_schedule_is_off_until_switched_on(deployed: dict[str, str],
     nightly = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/nightly").json()
     assert [schedule["active"] for schedule in nightly["schedules"]] == [False]
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+    [command] = re.findall(r"`prefect ([^`]*schedule resume[^`]*)`", (ROOT / "README.md").read_text())
+    run = [sys.executable, "-m", "prefect", *command.split()]
+    done = subprocess.run(run, cwd=ROOT, env=os.environ | deployed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    nightly = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/nightly").json()
+    assert [schedule["active"] for schedule in nightly["schedules"]] == [True]
     written = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
     names = {one["name"] for one in written["deployments"]}
     assert names == {"manual", "nightly", "api", "audit", "quantize", "bakeoff", "ablation"}

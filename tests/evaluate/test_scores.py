@@ -206,16 +206,17 @@ def test_a_schema_is_what_training_answers_have_in_common() -> None:
 
 
 def test_own_metric_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "def words(question, expected, answer):\n    return len(answer.split())\n"
+    source = "def words(question, expected, answer):\n    return len(answer.split()) / 4\n"
     source += "def text(*_):\n    return 'good'\nx = 1\n"
     (tmp_path / "team_metrics.py").write_text(source)
     with pytest.raises(BadConfig, match="put the module's directory on PYTHONPATH"):
         load_metric("team_metrics:words")
     monkeypatch.syspath_prepend(tmp_path)
-    assert load_metric("team_metrics:words")("q", "e", "one two") == 2.0
+    assert load_metric("team_metrics:words")("q", "e", "one two") == 0.5
     with pytest.raises(BadConfig, match="has no nothing"):
         load_metric("team_metrics:nothing")
     with pytest.raises(BadConfig, match="is a int, not a function"):
         load_metric("team_metrics:x")
-    with pytest.raises(BadConfig, match="gave 'good' for the question 'q'"):
-        load_metric("team_metrics:text")("q", "e", "a")
+    for name, answer in (("text", "a"), ("words", "one two three four five")):
+        with pytest.raises(BadConfig, match="gave .* for the question 'q': it must be a number from 0 to 1"):
+            load_metric(f"team_metrics:{name}")("q", "e", answer)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from tests.mlflow_database import put_empty_database
 from tests.prefect_server import PrefectServer
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def settings(directory: Path, **changes: Any) -> dict[str, Any]:
         "student": {**TRAINING, "method": "lora"},
         "outliers": {"calibration_rows": 8, "measured_rows": 4},
         "merge": {"gate_rows": 4},
-        "gguf": [{"kind": kind, "proof_rows": 4, "min_top1": 0.8} for kind in ("BF16", "Q8_0")],
+        "gguf": [{"kind": "Q8_0", "proof_rows": 4, "min_top1": 0.8}],
         "evaluate": {"max_new_tokens": 16, "latency_rows": 2, "perplexity_rows": 4},
         "gate": {"student_points": None, "gguf_points": None, "gain_points": None, "floors": {"json_valid": 0}},
         **changes,
@@ -49,6 +50,7 @@ class Home:
             "STILLHOUSE_GPU_SLOT": f"gpu-{directory.name}",
         }  # fmt: skip
         self.environment.pop("MLFLOW_TRACKING_URI", None)
+        put_empty_database(directory / "home")
         self.write(**changes)
 
     def write(self, **changes: Any) -> None:

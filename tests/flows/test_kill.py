@@ -17,8 +17,9 @@ from tests.prefect_server import PrefectServer
 SEEN_MODULES = {"ingest", "teacher", "states", "distill", "outliers", "merge", "gguf", "evaluate", "gate"}
 # Long enough to be stopped in the teacher's training, and little to do afterwards.
 SETTINGS: dict[str, Any] = {
-    "teacher": {**TRAINING, "max_steps": 60, "save_every_steps": 5},
+    "teacher": {**TRAINING, "max_steps": 60, "save_every_steps": 5, "batch_size": 2, "micro_batch_size": 2},
     "direct": False,
+    "outliers": {"calibration_rows": 2, "measure": "none", "sample_values": 4096},
     "gguf": [{"kind": "Q8_0", "proof_rows": 2, "min_top1": 0.5}],
     "evaluate": {"max_new_tokens": 4, "limit_rows": 2, "latency_rows": 0, "perplexity_rows": 0},
 }

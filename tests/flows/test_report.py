@@ -6,16 +6,18 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.compare import main
-from flows.report.charts import linear_axis, log_axis
+from flows.report.charts import BOTTOM, HEIGHT, TOP, Point, histogram, linear_axis, log_axis, size_against_quality
 from flows.report.gather import Curve, Evaluation, Gathered, Picture, read_curve
 from flows.report.publish import write_report
-from flows.report.terminal import RATES
+from flows.report.terminal import RATES, cells
+from flows.stages import report_directory
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.evaluate.judge import judge
@@ -113,6 +115,7 @@ def test_the_page_holds_everything_and_loads_nothing(run_a: Path) -> None:
     for heading in ("Every model", "Size against quality", "Speed and perplexity", "Gate", "Losses", "Intents",
                     "Confusion", "Latency", "Where models disagree", "Data and outliers", "Provenance"):  # fmt: skip
         assert heading in page.text, heading
+    assert "Run brave-otter, " in page.text
     assert "gate failed" in page.text and "80.0% instead of 96.7%" in page.text and "teacher → student" in page.text
     assert "kd loss" in page.text and "ce loss" in page.text
     assert "teacher and student: only one of them is right on 10 rows" in page.text
@@ -158,6 +161,27 @@ def test_axes_have_round_ticks_that_span_the_values() -> None:
     log = log_axis([0.99, 11.3], 0, 100)
     assert log.ticks == [1, 2, 5, 10] and log(0.9) == pytest.approx(0) and log(12.43) == pytest.approx(100)
     assert log_axis([1e-4, 10], 0, 1).ticks == [1e-4, 1e-3, 1e-2, 0.1, 1, 10]
+    near = log_axis([2.3, 2.9], 0, 1)  # nothing round between them: there are ticks all the same
+    assert len(near.ticks) >= 3 and all(near.first <= tick <= near.last for tick in near.ticks)
+
+
+def test_the_tables_have_the_scores_that_there_are(run_a: Path, tmp_path: Path) -> None:
+    summary = json.loads((run_a / "summary.json").read_text())
+    head, *rows = cells(summary)
+    assert head == ["model", "format", "MB", "JSON valid", "intent", "exact match", "out-of-scope recall", "tokens/s"]
+    assert rows[1][:2] == ["teacher", "bfloat16"] and rows[1][5] == "96.7 %"
+    text = json.loads((write(tmp_path / "text", {"student": 6, "Q8_0": 60}, text=True) / "summary.json").read_text())
+    head, *rows = cells(text)
+    assert head[3:-1] == ["exact match", "token F1", "ROUGE-L"] and rows[0][3] == "90.0 %"
+
+
+def test_labels_stay_inside_and_apart_and_counts_are_whole() -> None:
+    points = [Point(f"model {i}", 2 + i / 100, 0.0, 0.0, 0.1, i) for i in range(6)]
+    svg = size_against_quality(points, "exact match")
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)">model', svg))
+    assert len(heights) == 6 and min(b - a for a, b in pairwise(heights)) >= 13
+    assert heights[0] > TOP and heights[-1] < HEIGHT - BOTTOM
+    assert not re.search(r">\d*\.\d+<", histogram([1.0, 1.0, 5.0], 10, "ms", "t"))
 
 
 def compare(home: Path, *runs: str) -> "subprocess.CompletedProcess[str]":
@@ -198,3 +222,11 @@ def test_what_cannot_be_compared_says_why(run_a: Path, tmp_path: Path, monkeypat
     (old / "summary.json").write_text("{}")
     with pytest.raises(SystemExit, match="run the pipeline again"):
         main([str(run_a), str(old)])
+
+
+@pytest.mark.parametrize("name", ["..", "../store", "/etc", "a/../..", "latest", "", "...", "x" * 300, "~", ".hidden"])
+def test_whatever_a_run_is_called_its_report_lies_below_reports(name: str, tmp_path: Path) -> None:
+    directory = report_directory(tmp_path, name, "0123-4567")
+    assert directory.resolve().parent == tmp_path / "reports" and directory.name not in ("latest", "", "..")
+    assert len(directory.name) <= 100 and not directory.name.startswith(".")
+    assert report_directory(tmp_path, "brave-otter", "0").name == "brave-otter"

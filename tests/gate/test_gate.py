@@ -78,6 +78,13 @@ def test_few_rows_do_not_show_what_many_do(tmp_path: Path) -> None:
         assert ("The rows do not show it: evaluate on more than 40" in str(report.facts["said"])) is not passed
 
 
+def test_a_rule_is_as_sure_as_the_confidence_says(tmp_path: Path) -> None:
+    teacher, student = evaluation(tmp_path / "t", range(10)), evaluation(tmp_path / "s", range(8, 30))
+    for confidence, passed in ((0.8, True), (0.999, False)):
+        config = GateConfig(student_points=6, confidence=confidence)
+        assert run(tmp_path, config, teacher=teacher, student=student)[0].facts["passed"] is passed
+
+
 def test_a_gain_must_be_a_gain_and_floors_hold(tmp_path: Path) -> None:
     base, student = evaluation(tmp_path / "b", range(40)), evaluation(tmp_path / "s", range(38))
     report, _ = run(tmp_path, GateConfig(), student=student, student_base=base)

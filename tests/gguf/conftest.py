@@ -63,8 +63,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         orders.append({"model": str(staged), "stored": stored, "floats": list(floats), "kinds": kinds})
     (directory / "orders.json").write_text(json.dumps(orders))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GGML_NO_BACKTRACE": "1"}
-    for whose in ("oracle", "ours"):
+    running = {}
+    for whose in ("oracle", "ours"):  # side by side
         command = [sys.executable, "-m", f"tests.gguf.{whose}", str(directory / "orders.json")]
-        ran = subprocess.run(command, capture_output=True, env=environment)
-        assert ran.returncode == 0, ran.stderr.decode()[-3000:]
+        with (directory / f"{whose}.log").open("wb") as log:
+            running[whose] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    for whose, process in running.items():
+        assert process.wait() == 0, (directory / f"{whose}.log").read_text()[-3000:]
     return directory

@@ -21,7 +21,7 @@ from tasks.gguf.choice import candidates
 from tasks.gguf.convert import converting
 from tasks.gguf.metadata import read_origin
 from tasks.gguf.proof import Proof
-from tasks.gguf.run import convert
+from tasks.gguf.run import _check_written, convert
 from tests.gguf.architectures import gemma3_float32
 from tests.gguf.conftest import LOOSE
 
@@ -136,6 +136,19 @@ def test_auto_takes_the_smallest_that_keeps_the_quality(narrow: Path, tmp_path: 
 def broken_copy(bf16: Path, directory: Path) -> tuple[Path, gguf.GGUFReader]:
     file = Path(shutil.copy(bf16 / "model.gguf", directory))
     return file, gguf.GGUFReader(file, "r+")
+
+
+def test_a_file_that_is_not_as_planned_does_not_pass(bf16: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with converting(bf16 / "model.gguf", "pico", Job(tmp_path)) as conversion:
+        plan, other = (conversion.plan(conversion.skeleton.wanted(kind)) for kind in ("Q8_0", "Q4_0"))
+        conversion.write(plan, file)
+    _check_written(plan, file)
+    with pytest.raises(GateFailed, match="types are not the plan's"):
+        _check_written(other, file)
+    file.write_bytes(file.read_bytes()[:-32])
+    with pytest.raises(GateFailed, match=f"has {plan.bytes - 32} bytes, planned were {plan.bytes}"):
+        _check_written(plan, file)
 
 
 def test_a_broken_file_does_not_pass(narrow: Path, bf16: Path, dataset: Path, tmp_path: Path) -> None:

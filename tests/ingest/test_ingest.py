@@ -17,6 +17,7 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Row, read_rows
 from tasks.ingest import IngestConfig
+from tasks.ingest.block import PIECE_BYTES
 from tasks.ingest.run import ingest
 from tests.pico import pico_tokenizer
 
@@ -276,3 +277,26 @@ def test_few_rows_go_on_with_a_warning_when_allowed(tmp_path: Path) -> None:
     report = run(tmp_path, files, allow_few_rows=True, test_fraction=0.3)
     assert any(warning.startswith("Only ") for warning in report.warnings)
     assert any("0.0% of the training rows are out_of_scope" in warning for warning in report.warnings)
+
+
+def test_a_file_whose_rows_are_all_faulty_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    bad = [
+        {"messages": [{"role": "user", "content": f"Call {i}."}, {"role": "tool", "content": "1"}]} for i in range(9)
+    ]
+    write(folder / "a.jsonl", bad)
+    write(folder / "b.jsonl", [alpaca(i) for i in range(200)])
+    facts = run(tmp_path, folder).facts
+    assert facts["quarantined_rows"] == 9 and facts["train_rows"] == len(rows(tmp_path, "train")) > 100
+    assert {(row["file"], row["line"]) for row in quarantine(tmp_path)} == {("a.jsonl", i) for i in range(1, 10)}
+    with pytest.raises(BadData, match=r"9 of 9 rows are faulty.*unknown role 'tool'.*a\.jsonl:1"):
+        run(tmp_path, folder / "a.jsonl", "alone")
+
+
+def test_lines_are_counted_through_a_file_that_is_read_in_many_pieces(tmp_path: Path) -> None:
+    long = [alpaca(i) | {"instruction": f"Please close audit {i}. " + "x" * 4000} for i in range(400)]
+    bad = (3, 150, 398)
+    files = write(tmp_path / "train.jsonl", [b"{" if i in bad else row for i, row in enumerate(long)])
+    assert files.stat().st_size > 5 * PIECE_BYTES
+    run(tmp_path, files)
+    assert [row["line"] for row in quarantine(tmp_path)] == [i + 1 for i in bad]

@@ -27,7 +27,8 @@ def taken(tmp_path: Path, **sources: str) -> dict[str, str]:
     target.mkdir()
     for split, source in sources.items():
         assert gather(split, source, target, lambda _: None) > 0
-    found, _ = data_files(target / "files")
+    found, passed_over = data_files(target / "files")
+    assert not passed_over
     return {path.relative_to(target / "files").as_posix(): split for path, split in found}
 
 
@@ -38,7 +39,8 @@ def test_files_keep_their_suffix_and_get_their_splits_name(tmp_path: Path) -> No
 
 
 def test_a_directory_is_split_by_names_and_one_for_testing_is_all_held_out(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "deep/b.jsonl", "test.jsonl", "data/validation-00000-of-00001.jsonl", ".hidden.jsonl"):
+    names = ("a.jsonl", "deep/b.jsonl", "test.jsonl", "data/validation-00000-of-00001.jsonl", ".hidden.jsonl")
+    for name in (*names, "model/weights.safetensors"):  # what is no data is not hashed and stored
         put(tmp_path / "in" / name)
     put(tmp_path / "other/train.jsonl")
     assert taken(tmp_path, train=str(tmp_path / "in"), test=str(tmp_path / "other")) == {
@@ -55,6 +57,12 @@ def test_a_glob(tmp_path: Path) -> None:
         put(tmp_path / "in" / name)
     found = taken(tmp_path, train=str(tmp_path / "in/*/*.jsonl"))
     assert found == {"train/2024/a.jsonl": "train", "train/2025/a.jsonl": "train"}
+
+
+@pytest.mark.parametrize("source", ["", " ", "gs://bucket/rows.jsonl", "https://example.org/rows.jsonl", "s3:/b/key"])
+def test_what_is_no_source_is_refused_by_what_there_is(tmp_path: Path, source: str) -> None:
+    with pytest.raises(BadConfig, match="give a path, a pattern, s3://bucket/key or hub:owner/name"):
+        gather("train", source, tmp_path, print)
 
 
 @pytest.mark.parametrize("source", ["none.jsonl", "none/*.jsonl"])
