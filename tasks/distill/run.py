@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 -m tasks.distill.run ... (process 0 ask
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tasks.distill.balance import Balance
 from tasks.distill.grid import Grid, settle
 from tasks.distill.lessons import Lessons, prepare
 from tasks.distill.on_policy import OnPolicy
+from tasks.distill.teachers import Remembered
 from tasks.distill.vocabulary_trim import trim
 from tasks.engine import processes
 from tasks.engine.batches import Batch
@@ -33,6 +35,8 @@ from tasks.engine.plan import Objective, Plan
 from tasks.engine.tokenizers import require_same_tokens
 from tasks.engine.trainable import trainable_model
 from tasks.engine.trainer import train
+
+WINDOW = 4  # steps that deal their rows anew: all of one size, so that hardly anything is filled up
 
 
 def distil(
@@ -66,7 +70,8 @@ def distil(
         if lessons.taught.head is None or config.teacher_online:
             raise BadConfig("a smaller vocabulary needs the teacher's states whole: set teacher_online=false, and "
                             "states_budget_gib above their size")  # fmt: skip
-        student, lessons.taught.head = trimmed.student, trimmed.head(lessons.taught.head)
+        student = trimmed.student
+        cast(Remembered, lessons.taught).restrict(trimmed.head(lessons.taught.head))
         rows, validation = trimmed.examples(rows), trimmed.examples(validation)
     config, memory = fitted(
         config, config.method, student, rows, out, job, beside(config, teacher, lessons.taught.head)
@@ -90,6 +95,7 @@ def distil(
         made_by=made_by,
         shown=(lambda model: Grid(model, config, plan.steps)) if config.grid != "none" else None,
         enrich=lessons.taught.enrich,
+        window=WINDOW,
         before_step=balance.follow if balance else None,
     )
     model, history = train(plan)
@@ -120,10 +126,12 @@ def objective(lessons: Lessons, mix: Mix, balance: Balance | None, chunk_bytes: 
 
     def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         hidden = hidden_states(model, batch)
-        known, head, weights = lessons.taught.known(batch)
+        known, head, weights, lse = lessons.taught.known(batch)
         parts, into, own = balance.parts if balance else None, batch.get("head_grad"), head_of(model)
         own = own._replace(weight=batch.get("head_weight", own.weight))
-        return distillation(hidden, own, batch["labels"], known, head, mix, chunk_bytes, weights, parts, into)._asdict()
+        return distillation(
+            hidden, own, batch["labels"], known, head, mix, chunk_bytes, weights, parts, into, lse
+        )._asdict()
 
     return losses
 

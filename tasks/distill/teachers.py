@@ -20,9 +20,12 @@ from tasks.engine.head import head_of, hidden_states
 from tasks.engine.load import pick_device, read_config
 from tasks.engine.losses import Head, TopK
 
+TAUGHT = ("teacher_logits", "teacher_ids", "teacher_lse", "teacher_states", "label_weights")
+
 
 class TaughtBatch(Batch, total=False):
-    """A batch with what its N labels are taught: states (N, G) or a top k, and each label's weight (N,)."""
+    """A batch with what its N labels are taught: states (N, G) or a top k, its log-sum-exps at the run's temperature
+    and each label's weight (N,)."""
 
     teacher_states: Tensor
     teacher_logits: Tensor
@@ -39,11 +42,11 @@ class Remembered:
         self.places = [states.labels(row_key(example)) for example in examples]
         self.weights: list[float] | None = None
         self.head: Head | None = None
+        self.at = TEMPERATURES.index(temperature) if temperature in TEMPERATURES else None
         if states.kept.top_k:
-            if temperature not in TEMPERATURES:
+            if self.at is None:
                 named = ", ".join(f"{t:g}" for t in TEMPERATURES)
                 raise BadConfig(f"temperature={temperature:g}: with the top k kept, it must be one of {named}")
-            self.at = TEMPERATURES.index(temperature)
         else:
             head = states.head()
             self.head = Head(head.weight.to(pick_device()), head.softcap)
@@ -62,6 +65,7 @@ class Remembered:
             found["teacher_states"] = gather("states.bin")
         else:
             found["teacher_logits"], found["teacher_ids"] = gather("logits.bin"), gather("ids.bin")
+        if self.at is not None:
             found["teacher_lse"] = gather("lse.bin")[:, self.at].contiguous()
         if self.weights is not None:
             counts = torch.tensor([place.stop - place.start for place in places])
@@ -69,16 +73,22 @@ class Remembered:
             found["label_weights"] = weights.repeat_interleave(counts)
         return found
 
-    def known(self, batch: Batch) -> tuple[Tensor | TopK, Head | None, Tensor | None]:
-        """What the loss takes: states or top k, the head, and the labels' weights; on the batch's device."""
+    def restrict(self, head: Head) -> None:
+        """Takes a head of fewer pieces; the sums over all are then of no use."""
+        self.head, self.at = head, None
+
+    def known(self, batch: Batch) -> tuple[Tensor | TopK, Head | None, Tensor | None, Tensor | None]:
+        """What the loss takes: states or top k, the head, the labels' weights and the log-sum-exps where they are
+        known; on the batch's device."""
         device = batch["input_ids"].device
         taught = cast(
-            dict[str, Tensor], batch if "teacher_states" in batch or "teacher_lse" in batch else self.enrich(batch)
+            dict[str, Tensor], batch if "teacher_states" in batch or "teacher_logits" in batch else self.enrich(batch)
         )
-        parts = [taught[name].to(device) for name in ("teacher_logits", "teacher_ids", "teacher_lse") if name in taught]
-        states = TopK(*parts) if parts else taught["teacher_states"].to(device)
-        weights = taught["label_weights"].to(device) if "label_weights" in taught else None
-        return states, self.head, weights
+        there = {name: taught[name].to(device) for name in TAUGHT if name in taught}
+        lse, weights = there.get("teacher_lse"), there.get("label_weights")
+        if "teacher_states" in there:
+            return there["teacher_states"], self.head, weights, lse
+        return TopK(*(there[name] for name in TAUGHT[:3])), None, weights, None
 
 
 class Online:
@@ -93,11 +103,11 @@ class Online:
         """Nothing is known beforehand."""
         return batch
 
-    def known(self, batch: Batch) -> tuple[Tensor, Head, None]:
+    def known(self, batch: Batch) -> tuple[Tensor, Head, None, None]:
         """As `Remembered.known`, with states made now."""
         own = cast(Batch, {name: value for name, value in batch.items() if name != "stack"})  # the student's layers
         with torch.no_grad():
-            return hidden_states(self.model, own), self.head, None
+            return hidden_states(self.model, own), self.head, None, None
 
 
 def remembered(

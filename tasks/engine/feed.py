@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from tasks.engine.batches import Batch, collate
 from tasks.engine.chat import Example
 from tasks.engine.head import unwrap
-from tasks.engine.packing import Packing, pack, pack_all, plan_packing
+from tasks.engine.packing import Packing, evened, pack, pack_all, plan_packing
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -21,7 +21,8 @@ class Feed(Dataset[Batch]):
     """Micro-batches of `order` (`batch_size` rows a step), `batch_size / micro_batch` a step.
 
     `shapes` is the number of static lengths, 0 for lengths as they come; a padded row is as long as its
-    micro-batch's longest. Lengths are multiples of `multiple`.
+    micro-batch's longest. Lengths are multiples of `multiple`. Rows of `window` steps change places so that these steps
+    are of one size.
     """
 
     def __init__(
@@ -33,7 +34,11 @@ class Feed(Dataset[Batch]):
         packed: bool,
         shapes: int = 0,
         multiple: int = 1,
+        window: int = 1,
     ) -> None:
+        if window > 1:
+            sizes = [(len(example.input_ids), len(example.answer_ids)) for example in examples]
+            order = evened(sizes, order, batch_size, window)
         self.examples, self.multiple = examples, multiple
         self.packing: Packing | None = None
         if packed:
@@ -46,6 +51,11 @@ class Feed(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.micro_batches)
+
+    @property
+    def tokens(self) -> int:
+        """Of all micro-batches together, without padding."""
+        return sum(len(self.examples[row].input_ids) for rows in self.micro_batches for row in rows)
 
     def __getitem__(self, place: int) -> Batch:
         items = [(row, self.examples[row]) for row in self.micro_batches[place]]

@@ -1,7 +1,7 @@
 """A micro-batch's forward and backward as one CUDA graph: captured once for each shape, replayed without launches.
 
     graphs = Graphs(model, objective)       # objective(model, batch) -> sums, "loss" among them
-    graphs.begin()                          # at a step's start: gradients are 0
+    graphs.begin()                          # at a step's start: gradients count as 0
     sums = graphs.run(batch)                # the gradient of sums["loss"] is added; the same numbers as without
 
 A small student is bound by launches: a graph takes them off the CPU. Shapes have to be static (tasks.engine.packing),
@@ -12,6 +12,7 @@ are Gemma 3's, and all of them trained, they run as tasks.engine.stack writes th
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,9 +25,10 @@ from tasks.engine.batches import Batch
 from tasks.engine.chat import IGNORE
 from tasks.engine.feed import Feed
 from tasks.engine.head import unwrap
+from tasks.engine.losses import Fresh
 from tasks.engine.stack import Stack
 
-LABELS = 128  # a number of labels is rounded up to a multiple of this
+LABELS = 32  # a number of labels is rounded up to a multiple of this
 ALIGNED = 64  # elements: a parameter's gradient begins at 256 bytes
 BY_LABEL = ("positions", "labels", "label_weights")  # and all whose name begins with "teacher_"
 
@@ -82,13 +84,22 @@ class Graphs:
         extras = {"head_grad": self.head_grad, "stack": self.stack, "head_weight": head}
         self.extras = {name: value for name, value in extras.items() if value is not None}
         self.factor = torch.ones((), device=model.device)
-        self.leaves_factor = self.current = False
+        # Where a step is one micro-batch (as its last was), products write all gradients, which need not be 0 before.
+        self.writes = (
+            self.stack is not None and self.head_grad is not None and self.head_grad is self.look.into
+            and len(self.trained) == len(list(unwrap(model).base_model.parameters()))
+        )  # fmt: skip
+        self.leaves_factor = self.current = self.alone = False
+        self.runs = 0
         self.warm: set[tuple[Any, ...]] = set()
         self.captured: dict[tuple[Any, ...], _Captured] = {}
 
     def begin(self) -> None:
-        """Gradients of 0, in place: whoever took them away at the last step's end gets the same ones."""
-        self.flat.zero_()
+        """Gradients of 0, or such as the first product writes, in place: whoever took them away at the last step's end
+        gets the same ones."""
+        self.alone, self.runs = self.writes and self.runs == 1, 0
+        if not self.alone:
+            self.flat.zero_()
         for parameter, grad in zip(self.trained, self.grads, strict=True):
             parameter.grad = grad
         if self.stack is not None and not self.current:
@@ -119,24 +130,31 @@ class Graphs:
 
     def run(self, batch: Batch) -> Sums:
         """The objective's sums, detached; their tensors hold until the next call."""
-        batch = fill_labels(batch, self.most)
+        batch, fresh = fill_labels(batch, self.most), self.alone and not self.runs
+        self.runs += 1
         shape = tuple((name, tuple(v.shape)) for name, v in sorted(batch.items()) if isinstance(v, Tensor))
         key = (*shape, batch["longest"])
         if key in self.warm:
-            if key not in self.captured:
+            if (key, fresh) not in self.captured:
                 torch.cuda.empty_cache()
                 pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
-                self.captured[key] = _Captured(batch, self._work, pool)
-            return self.captured[key].replay(batch)
+                self.captured[key, fresh] = _Captured(batch, lambda batch: self._work(batch, fresh), pool)
+            return self.captured[key, fresh].replay(batch)
         self.captured.clear()  # their memory is needed: the first time, a shape runs (and compiles) without a graph
         torch.cuda.empty_cache()
         self.warm.add(key)
-        return self._work(batch)
+        return self._work(batch, fresh)
 
-    def _work(self, batch: Batch) -> Sums:
-        own = cast(Batch, {**batch, **self.extras})
+    def _work(self, batch: Batch, fresh: bool = False) -> Sums:
+        """Adds the batch's gradients to what is there; `fresh`: puts them in its place."""
+        own: dict[str, Any] = {**batch, **self.extras}
+        head = Fresh(self.head_grad) if fresh and self.head_grad is not None else None
+        if head:
+            own |= {"head_grad": head, "stack": partial(cast(Any, self.stack), fresh=True)}
         with self.look:
-            sums = self.objective(self.model, own)
+            sums = self.objective(self.model, cast(Batch, own))
+        if head and not head.taken:  # the loss did not ask for it: autograd will add the gradient
+            head.total.zero_()
         sums["loss"].backward()
         return {name: value.detach() for name, value in sums.items()}
 
@@ -202,11 +220,16 @@ class _Looked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        ids = ctx.saved_tensors[0].flatten()
-        added = grads[0].flatten(0, -2).float() * ctx.scale
+        ids, added = ctx.saved_tensors[0].flatten(), grads[0].flatten(0, -2)
+        if ids.is_cuda:
+            from tasks.engine.look_kernel import add_rows  # noqa: PLC0415  # Triton is where CUDA is
+
+            add_rows(ctx.into, ids, added.contiguous(), ctx.scale, ctx.padding)
+            return (None,) * 6
+        added = added.float() * ctx.scale
         if ctx.padding is not None:
             added = added * (ids != ctx.padding)[:, None]
-        ctx.into.index_put_((ids,), added, accumulate=True)  # sorted on CUDA: the same sum every time
+        ctx.into.index_put_((ids,), added, accumulate=True)
         return (None,) * 6
 
 

@@ -64,6 +64,31 @@ def plan_packing(
     return _shaped(lengths, dealt, shapes, multiple)
 
 
+def evened(sizes: Sequence[tuple[int, int]], order: Sequence[int], batch_size: int, window: int) -> list[int]:
+    """`order` with rows of `window` steps dealt anew to the same steps, `batch_size` rows each, so that all have about
+    as many tokens and as many labels. `sizes` are a row's tokens and labels.
+
+    A step's static shape has to hold the largest step: what others lack is filled up and computed for nothing. Rows
+    are dealt largest first, a row to each step in turn; each takes its place where both sums stay nearest their means.
+    """
+    dealt = list[int]()
+    for start in range(0, len(order), window * batch_size):
+        rows = sorted(order[start : start + window * batch_size], key=lambda row: (-sum(sizes[row]), row))
+        steps = len(rows) // batch_size
+        found, sums = [list[int]() for _ in range(steps)], np.zeros((steps, 2))
+        values = np.array([sizes[row] for row in rows], dtype=float).reshape(-1, 2)
+        scale = values.std(0) + 1e-9
+        for first in range(0, steps * batch_size, steps):
+            means, free = values[: first + steps].sum(0) / steps, list(range(steps))
+            for at in range(first, first + steps):
+                off = np.square((sums[free] + values[at] - means) / scale).sum(1)
+                step = free.pop(int(off.argmin()))
+                found[step].append(rows[at])
+                sums[step] += values[at]
+        dealt += [row for step in found for row in step] + rows[steps * batch_size :]
+    return dealt
+
+
 def pack_all(lengths: Sequence[int], room: int, static: bool = False) -> Packing:
     """Packs every row once into micro-batches of at most `room` tokens (or the longest row's), longest rows first.
 

@@ -118,6 +118,14 @@ def test_every_way_to_the_teacher_gives_the_same_student(student, teacher, datas
     assert not events(tmp_path / "given" / "work", "progress")[0]["unit"].startswith("rows through the teacher")
 
 
+def test_states_of_an_older_format_are_of_no_help(teacher, dataset, states, tmp_path):
+    older = shutil.copytree(states, tmp_path / "older")
+    about = older / "states.json"
+    about.write_text(about.read_text().replace('"format": 2', '"format": 1'))
+    kept(tmp_path / "again", teacher, dataset, known=older)
+    assert any("teacher" in e["unit"] for e in events(tmp_path / "again" / "work", "progress"))
+
+
 def test_rows_that_the_states_lack_are_asked_of_the_teacher(student, teacher, dataset, states, tmp_path):
     more = example_dataset(tmp_path / "more", train=50)
     whole = kept(tmp_path / "whole", teacher, more)

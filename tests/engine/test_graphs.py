@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from tasks.engine.batches import to_device
 from tasks.engine.chat import Example
 from tasks.engine.feed import Feed
-from tasks.engine.graphs import Graphs, fill_labels, most_labels
+from tasks.engine.graphs import LABELS, Graphs, fill_labels, most_labels
 from tasks.engine.head import head_of, hidden_states
 from tasks.engine.losses import cross_entropy
 from tasks.engine.packing import make_packable
@@ -64,12 +64,33 @@ def test_gradients_added_in_place_are_autograds(model):
     assert float(graphs.flat.norm()) == pytest.approx(min(0.1, float(exact)), rel=1e-3)
 
 
+def other_objective(model, batch):
+    hidden, head = hidden_states(model, batch), head_of(model)
+    return {"loss": cross_entropy(hidden, head, batch["labels"])}  # its head's gradient comes by autograd
+
+
+@pytest.mark.parametrize("work", [objective, other_objective])
+def test_a_step_of_one_micro_batch_writes_gradients_whatever_was_there(model, work):
+    make_packable(model, torch.float32)
+    feed = Feed(rows(), list(range(12)), 6, 6, packed=True, shapes=1, multiple=16)
+    want = plain_gradients(model, [feed[0]])
+    graphs = Graphs(model, work, most_labels(feed))
+    assert graphs.stack is not None
+    assert graphs.writes
+    graphs.begin()
+    for grad in graphs.grads:
+        grad.fill_(torch.nan)
+    graphs._work(fill_labels(feed[0], graphs.most), fresh=True)
+    for got, expected in zip(graphs.grads, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_filled_labels_have_one_number_and_change_nothing(model):
     make_packable(model, torch.float32)
     feed = Feed(rows(), list(range(12)), 6, 3, packed=True, shapes=1, multiple=16)
     batch = feed[0]
     filled = fill_labels({**batch, "teacher_states": torch.ones(len(batch["labels"]), 4)}, most_labels(feed))
-    assert len(filled["labels"]) % 128 == 0
+    assert len(filled["labels"]) % LABELS == 0
     assert filled["teacher_states"].shape == (len(filled["labels"]), 4)
     assert float(objective(model, filled)["loss"]) == pytest.approx(float(objective(model, batch)["loss"]), rel=1e-5)
 

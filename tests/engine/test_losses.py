@@ -253,3 +253,7 @@ def test_the_kernel_is_the_plain_path_on_float32_logits(divergence, columns):
         got = kernel.chunk_losses(student.clone(), head, labels, weights, teacher, 5.0, mix, parts)
         for ours, theirs in zip(got, want, strict=True):
             assert float((ours.double() - theirs).norm() / theirs.norm()) < 2e-5
+        lse = Head(exact[2], 5.0).capped(exact[2]).div(temperature).logsumexp(-1).float()
+        knowing = kernel.chunk_losses(student.clone(), head, labels, weights, teacher, 5.0, mix, parts, lse)
+        for ours, theirs in zip(knowing, want, strict=True):
+            assert float((ours.double() - theirs).norm() / theirs.norm()) < 2e-5

@@ -19,8 +19,9 @@ from transformers import (
 from tasks.engine.attention import use_packed_attention
 from tasks.engine.batches import collate, row_order
 from tasks.engine.chat import IGNORE, Example
+from tasks.engine.feed import Feed
 from tasks.engine.head import hidden_states
-from tasks.engine.packing import make_packable, pack, pack_all, plan_packing
+from tasks.engine.packing import evened, make_packable, pack, pack_all, plan_packing
 
 SMALL = dict(
     vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -172,3 +173,27 @@ def test_the_flash_kernel_gives_what_rows_one_by_one_give(window):
         outcomes.append((out, *gradients))
     for ours, want in zip(*outcomes, strict=True):
         assert float((ours - want).float().norm() / want.float().norm()) < 1e-2
+
+
+def test_steps_of_a_window_become_one_size_and_keep_their_rows():
+    generator = torch.Generator().manual_seed(0)
+    lengths, answers = (
+        torch.randint(20, 90, (96,), generator=generator),
+        torch.randint(3, 19, (96,), generator=generator),
+    )
+    sizes = list(zip(lengths.tolist(), answers.tolist(), strict=True))
+    order = row_order(lengths.tolist(), 16, 14, seed=3)  # more than two epochs, and a window of two steps at the end
+    dealt = evened(sizes, order, 16, 4)
+    assert dealt == evened(sizes, order, 16, 4)
+    for start in range(0, len(order), 64):
+        assert sorted(dealt[start : start + 64]) == sorted(order[start : start + 64])
+
+    def spread(rows: list[int], which: int) -> int:
+        sums = [sum(sizes[row][which] for row in rows[start : start + 16]) for start in range(0, 64, 16)]
+        return max(sums) - min(sums)
+
+    for which in (0, 1):  # tokens, labels
+        assert spread(dealt, which) < spread(order, which) / 4
+    rows = [Example(list(range(n)), [IGNORE] * (n - a) + [5] * a) for n, a in sizes]
+    feed = Feed(rows, order, 16, 16, packed=True, shapes=1, multiple=16, window=4)
+    assert sorted(feed.micro_batches[0]) == sorted(dealt[:16])

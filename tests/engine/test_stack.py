@@ -111,9 +111,9 @@ def operations(device, dtype):
     gain, weight = randn(width, kind=torch.float32), randn(width, kind=torch.float32)
     yield "norm", (x, weight, 1e-6)
     yield "add_norm", (x, added, gain, weight, 1e-6)
-    yield "add_norm_backward", (dx.clone(), dn, x, added, gain, weight, 1e-6)
-    yield "add_norm_backward", (None, dn, x, added, gain, weight, 1e-6)
-    yield "add_norm_backward", (dx.clone(), dn, x, None, None, weight, 1e-6)
+    yield "add_norm_backward", (dx.clone(), dn, x, added, gain, weight, 1e-6, False)
+    yield "add_norm_backward", (None, dn, x, added, gain, weight, 1e-6, True)
+    yield "add_norm_backward", (dx.clone(), dn, x, None, None, weight, 1e-6, False)
     gate_up, dh = randn(tokens, 2 * width), randn(tokens, width)
     yield "gated", (gate_up,)
     yield "gated_backward", (gate_up, dh)
@@ -141,7 +141,7 @@ def run(ops, name, arguments) -> list[torch.Tensor]:
             ops.rotate_backward(*held, shares)
             return [first, shares.sum(1)]
         shares = first.new_zeros((2, ops.PROGRAMS, first.shape[1]), dtype=exact)
-        got = ops.add_norm_backward(*held, shares)
+        got = ops.add_norm_backward(*held[:-1], shares, held[-1])
         return [*(part for part in got if part is not None), shares[: 2 if got[1] is not None else 1].sum(1)]
     if name == "attend_backward":  # its forward first
         do, q, k, v, packed, kind = held

@@ -12,7 +12,7 @@ from tasks.core.refs import ModelDir
 from tasks.distill.states import StatesConfig
 from tasks.distill.states.exam import examine, write_exam
 from tasks.distill.states.numbers import row_numbers
-from tasks.distill.states.store import States, teacher_key
+from tasks.distill.states.store import States, is_older, teacher_key
 from tasks.distill.states.teacher import Ask, load_teacher, remember_rows, what_to_keep
 from tasks.distill.states.topk import topk_error
 from tasks.engine.load import load_tokenizer, read_config
@@ -27,6 +27,9 @@ def remember(
     `known` are states that the same teacher left for other data: rows that it holds are copied, not asked again.
     """
     report = Report()
+    if known and is_older(known):
+        job.log(f"{known} holds states of an older format: all rows are asked anew")
+        known = None
     tokenizer = load_tokenizer(teacher, config.chat_template)
     rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
     width = read_config(teacher.base).get_text_config().hidden_size

@@ -2,7 +2,8 @@
 
 states.json         which teacher, what is kept (hidden states or top-k logits), how many rows and labels
 index.safetensors   a key for each row (R, 16), and where its labels begin: starts (R + 1,)
-states.bin          hidden states (N, G); or logits.bin, ids.bin (N, k) and lse.bin (N, temperatures)
+states.bin          hidden states (N, G); or logits.bin and ids.bin (N, k)
+lse.bin             log-sum-exps of its logits / T (N, temperatures)
 loss.bin, said.bin  the teacher's own cross-entropy with a label, and the token it finds most likely (N, 1)
 head.safetensors    the teacher's output projection (W, G), which turns a state into logits
 """
@@ -24,7 +25,7 @@ from tasks.distill.states import TEMPERATURES, StatesConfig
 from tasks.engine.chat import Example
 from tasks.engine.losses import Head
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -39,10 +40,10 @@ class Kept(NamedTuple):
     def files(self) -> dict[str, tuple[torch.dtype, int]]:
         """Files with their dtype and values a label."""
         answers = {"loss.bin": (torch.float32, 1), "said.bin": (torch.int32, 1)}
+        answers |= {"lse.bin": (torch.float32, len(TEMPERATURES))}
         if not self.top_k:
             return {"states.bin": (DTYPES[self.dtype], self.width)} | answers
-        top = {"logits.bin": (torch.float32, self.top_k), "ids.bin": (torch.int32, self.top_k)}
-        return top | {"lse.bin": (torch.float32, len(TEMPERATURES))} | answers
+        return {"logits.bin": (torch.float32, self.top_k), "ids.bin": (torch.int32, self.top_k)} | answers
 
     @property
     def bytes_per_label(self) -> int:
@@ -76,6 +77,12 @@ class States:
         """Where a row's labels lie. KeyError for a row that is not there."""
         row = self.places[key]
         return slice(self.starts[row], self.starts[row + 1])
+
+
+def is_older(directory: Path) -> bool:
+    """Whether these are states of another format, which cannot be read any more."""
+    about = directory / "states.json"
+    return about.is_file() and json.loads(about.read_text())["format"] != FORMAT
 
 
 def mapped(directory: Path, kept: Kept, labels: int) -> dict[str, Tensor]:

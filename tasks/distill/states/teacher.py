@@ -157,10 +157,10 @@ def answer(model: PreTrainedModel, head: Head, batch: Batch, kept: Kept) -> dict
         found["loss.bin"].append(lse - logits.gather(1, labels[:, None]))
         top, ids = logits.topk(kept.top_k) if kept.top_k else logits.max(-1, keepdim=True)  # a top 1 is a slow one
         found["said.bin"].append(ids[:, :1])
+        found["lse.bin"].append(torch.stack([torch.logsumexp(logits / t, -1) for t in TEMPERATURES], 1))
         if kept.top_k:
             found["logits.bin"].append(top)
             found["ids.bin"].append(ids)
-            found["lse.bin"].append(torch.stack([torch.logsumexp(logits / t, -1) for t in TEMPERATURES], 1))
     if not kept.top_k:
         found["states.bin"] = [hidden]
     return {name: torch.cat(parts).to("cpu", kept.files[name][0]) for name, parts in found.items()}

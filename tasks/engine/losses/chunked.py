@@ -12,10 +12,19 @@ from torch import Tensor
 
 from tasks.engine.losses.divergence import chunk_losses
 from tasks.engine.losses.mix import Head, Losses, Mix, TopK
+from tasks.engine.losses.products import add_product
 
 IGNORE = -100
 TILE = 128  # a matrix product's rows are worked on in tiles of this many
 TOGETHER = 512  # rows whose logits the teacher makes at once: enough for a product to run at its full rate
+
+
+class Fresh:
+    """Where the head's gradient goes when nothing there counts any more: the first product writes it. `taken` says
+    that one did."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total, self.taken = total, False
 
 
 class Spec(NamedTuple):
@@ -29,17 +38,18 @@ class Spec(NamedTuple):
     mix: Mix
     parts: Tensor
     chunk_bytes: int
-    into: Tensor | None
+    into: Tensor | Fresh | None
+    lse: Tensor | None
 
 
 def cross_entropy(
-    hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int = 1 << 28, into: Tensor | None = None
+    hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int = 1 << 28, into: Tensor | Fresh | None = None
 ) -> Tensor:
     """Summed cross-entropy of hidden states (N, H) with labels (N,); a label of -100 counts nothing.
 
     `into` as in `distillation`.
     """
-    return _run(hidden, head, labels, None, None, None, Mix(0, 1), None, chunk_bytes, into).loss
+    return _run(hidden, head, labels, None, None, None, Mix(0, 1), None, chunk_bytes, into, None).loss
 
 
 def distillation(
@@ -52,7 +62,8 @@ def distillation(
     chunk_bytes: int = 1 << 28,
     weights: Tensor | None = None,
     parts: Tensor | None = None,
-    into: Tensor | None = None,
+    into: Tensor | Fresh | None = None,
+    lse: Tensor | None = None,
 ) -> Losses:
     """Distillation of the teacher's (N, G) states through its frozen head, or of its top k, mixed with cross-entropy.
 
@@ -60,20 +71,23 @@ def distillation(
     normalised over them; cross-entropy sees all of the student's. `weights` (N,) count a position more or less,
     labels of -100 not at all. `parts` (2,), a tensor, goes before the weights in `mix`.
 
-    `into`, float32 (V, H), takes the head's gradient of the sum by addition, in the products themselves; the head then
-    gets none from backward, and `loss` has to be what backward is called on.
+    `into`, float32 (V, H), takes the head's gradient of the sum by addition, or `Fresh`, in the products themselves;
+    the head then gets none from backward, and `loss` has to be what backward is called on.
+
+    `lse` (N,), the log-sum-exp of the teacher's logits / T over all its columns, saves work where it is known.
     """
-    return _run(hidden, head, labels, weights, teacher, teacher_head, mix, parts, chunk_bytes, into)
+    return _run(hidden, head, labels, weights, teacher, teacher_head, mix, parts, chunk_bytes, into, lse)
 
 
 def _run(
     hidden: Tensor, head: Head, labels: Tensor, weights: Tensor | None, teacher: Tensor | TopK | None,
-    teacher_head: Head | None, mix: Mix, parts: Tensor | None, chunk_bytes: int, into: Tensor | None,
+    teacher_head: Head | None, mix: Mix, parts: Tensor | None, chunk_bytes: int, into: Tensor | Fresh | None,
+    lse: Tensor | None,
 ) -> Losses:  # fmt: skip
     if bool(torch.is_autocast_enabled(hidden.device.type)):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     parts = mix.weights(hidden.device) if parts is None else parts
-    spec = Spec(labels, weights, head.softcap, teacher, teacher_head, mix, parts, chunk_bytes, into)
+    spec = Spec(labels, weights, head.softcap, teacher, teacher_head, mix, parts, chunk_bytes, into, lse)
     with torch.autocast(hidden.device.type, enabled=False):
         kd, ce, kd_norm, ce_norm, carrier = _apply(hidden, head.weight, spec)
     # The carrier is 0 and brings the gradient.
@@ -88,7 +102,8 @@ class _Chunked(torch.autograd.Function):
         cast_weight = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        grad_weight = spec.into
+        fresh = spec.into if isinstance(spec.into, Fresh) else None
+        grad_weight = fresh.total if fresh else cast(Tensor | None, spec.into)
         if spec.into is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight, dtype=exact)
         counts = (spec.labels != IGNORE).to(exact)
@@ -102,7 +117,9 @@ class _Chunked(torch.autograd.Function):
             grad = work.gradient(hidden[rows], rows, counts[rows], numbers)
             torch.mm(grad, cast_weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                _accumulate(grad_weight, grad, hidden[rows])
+                add_product(grad_weight, grad, hidden[rows], fresh is not None and start == 0)
+        if fresh:
+            fresh.taken = len(hidden) > 0
         sums = torch.where(counts != 0, numbers * counts, 0).sum(1)
         ctx.save_for_backward(grad_hidden, None if spec.into is not None else grad_weight)
         ctx.weight_dtype = weight.dtype
@@ -178,7 +195,7 @@ class _KernelChunk:
                 known = torch.mm(states, self.teacher_weight.T, out=self.teacher[: len(states)])
             _, numbers[:, here] = kernel.chunk_losses(
                 products[part], Head(self.weight, spec.softcap), spec.labels[here], counts[part], known, softcap,
-                spec.mix, spec.parts,
+                spec.mix, spec.parts, None if spec.lse is None else spec.lse[here],
             )  # fmt: skip
         return products
 
@@ -193,13 +210,3 @@ def _even(positions: int, most: int) -> int:
 def _has_kernel(hidden: Tensor, spec: Spec) -> bool:
     """Whether the Triton kernel serves: bfloat16 on CUDA, and no top k."""
     return hidden.is_cuda and hidden.dtype == torch.bfloat16 and not isinstance(spec.teacher, TopK)
-
-
-def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total (V, H) += grad.T @ hidden, summed in the dtype of `total`; no copy of (V, H) where torch can do without."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.T, hidden)
-    elif grad.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, grad.T, hidden, out_dtype=torch.float32, out=total)
-    else:
-        total += grad.T @ hidden

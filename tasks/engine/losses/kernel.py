@@ -2,8 +2,9 @@
 """The formulas as Triton kernels for CUDA: a chunk's logits of student and teacher in, the gradient in their place.
 
 Two passes over the logits: one takes the maxima, the softmax sums at temperatures 1 and T and the divergence's value
-online; one writes the gradient over the student's logits. The mixtures (jsd, skew) need the sums before their value: a
-third. A row is cut into parts, a program each, so that no multiprocessor waits for the last rows.
+online; one writes the gradient over the student's logits. Where the teacher's sums are known, forward_kl reads the
+teacher in the second pass alone, which then makes its value too. The mixtures (jsd, skew) need the sums before their
+value: a third. A row is cut into parts, a program each, so that no multiprocessor waits for the last rows.
 
 A block is a tile of LINES x 8 logits, and each line keeps a maximum and sums of its own until the part is over: threads
 do not wait for each other, and the sums take an eighth of the registers.
@@ -35,18 +36,21 @@ def chunk_losses(
     teacher_softcap: float | None,
     mix: Mix,
     parts: Tensor,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `tasks.engine.losses.divergence.chunk_losses`, but `products` (n, V) turns into the gradient.
 
-    `teacher` (n, W) are products too: its softcap is applied here.
+    `teacher` (n, W) are products too: its softcap is applied here. `lse` (n,) is its log-sum-exp at the temperature,
+    where that is known.
     """
     n, columns = products.shape
     known = products if teacher is None else teacher
     shared, slices = min(columns, known.shape[1]), triton.cdiv(columns, PART)
     numbers = torch.empty((4, n), dtype=torch.float32, device=products.device)
-    sums, squares = numbers.new_empty((SUMS.value, n, slices)), numbers.new_empty((2, n, slices))
+    sums, squares = numbers.new_empty((SUMS.value, n, slices)), numbers.new_empty((3, n, slices))
     kind = -1 if teacher is None else CODES[mix.divergence]
     mixed = numbers.new_empty((2, n, slices)) if kind > 1 else sums
+    later = kind == 0 and lse is not None and shared == known.shape[1]
     same: dict[str, Any] = dict(
         n=n, student_stride=products.stride(0), teacher_stride=known.stride(0), columns=columns, shared=shared,
         temperature=mix.temperature, share=mix.beta if mix.divergence == "jsd" else mix.skew, cap=head.softcap or 1.0,
@@ -56,15 +60,18 @@ def chunk_losses(
     )  # fmt: skip
     quick: dict[str, Any] = dict(T_IS_2=mix.temperature == 2, T_IS_1=mix.temperature == 1)
     grid = (slices, n)
-    _sums[grid](products, known, labels, sums, **same, **quick)
+    _sums[grid](products, known, labels, sums, LATER=later, **same, **quick)
     if kind > 1:
         _values[grid](products, known, sums, mixed, SLICES=_power(slices), **same)
     _gradient[grid](
-        products, known, labels, weights, parts, sums, mixed, squares, numbers, SLICES=_power(slices), **same, **quick
-    )
-    norms = squares.sum(-1).sqrt_()
-    norms[0] *= mix.temperature
-    numbers[2:] = norms
+        products, known, labels, weights, parts, sums, mixed, lse if later else weights, squares, numbers,
+        LATER=later, SLICES=_power(slices), **same, **quick,
+    )  # fmt: skip
+    found = squares.sum(-1)
+    torch.sqrt(found[:2], out=numbers[2:])
+    numbers[2] *= mix.temperature
+    if later:
+        torch.mul(found[2], mix.temperature**2, out=numbers[0])
     return products, numbers
 
 
@@ -123,7 +130,7 @@ def _mixed(logp, logq, inside, share, KIND: tl.constexpr):
 def _sums(
     student, teacher, labels, sums, n, student_stride, teacher_stride, columns, shared, temperature, share, cap,
     teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr,
-    PART: tl.constexpr, BLOCK: tl.constexpr, T_IS_2: tl.constexpr, T_IS_1: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr, T_IS_2: tl.constexpr, T_IS_1: tl.constexpr, LATER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1)
     srow, trow = student + row.to(tl.int64) * student_stride, teacher + row.to(tl.int64) * teacher_stride
@@ -146,22 +153,25 @@ def _sums(
             else:
                 s_q = tl.where(cols < shared, s, float("-inf"))
                 high_q = tl.maximum(m_q, tl.max(s_q, 1))
-            t = _read(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN)
-            high_t = tl.maximum(m_t, tl.max(t, 1))
-            base_q, base_t = high_q, high_t
-            if not EVEN:
-                base_q, base_t = _finite(high_q), _finite(high_t)
+            base_q = high_q if EVEN else _finite(high_q)
             e_q = tl.exp2(s_q * cold - (base_q * cold)[:, None])
-            e_t = tl.exp2(t * cold - (base_t * cold)[:, None])
-            fade_q, fade_t = tl.exp2((m_q - base_q) * cold), tl.exp2((m_t - base_t) * cold)
-            z_q, z_t = z_q * fade_q + tl.sum(e_q, 1), z_t * fade_t + tl.sum(e_t, 1)
-            if KIND == 0:
-                term = e_t * (t - s_q)
-                acc = acc * fade_t + tl.sum(term if EVEN else tl.where(cols < shared, term, 0.0), 1)
-            elif KIND == 1:
-                term = e_q * (s_q - t)
-                acc = acc * fade_q + tl.sum(term if EVEN else tl.where(cols < shared, term, 0.0), 1)
-            m_q, m_t = high_q, high_t
+            fade_q = tl.exp2((m_q - base_q) * cold)
+            z_q = z_q * fade_q + tl.sum(e_q, 1)
+            if not LATER:
+                t = _read(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN)
+                high_t = tl.maximum(m_t, tl.max(t, 1))
+                base_t = high_t if EVEN else _finite(high_t)
+                e_t = tl.exp2(t * cold - (base_t * cold)[:, None])
+                fade_t = tl.exp2((m_t - base_t) * cold)
+                z_t = z_t * fade_t + tl.sum(e_t, 1)
+                if KIND == 0:
+                    term = e_t * (t - s_q)
+                    acc = acc * fade_t + tl.sum(term if EVEN else tl.where(cols < shared, term, 0.0), 1)
+                elif KIND == 1:
+                    term = e_q * (s_q - t)
+                    acc = acc * fade_q + tl.sum(term if EVEN else tl.where(cols < shared, term, 0.0), 1)
+                m_t = high_t
+            m_q = high_q
         if KIND >= 0 and EVEN and T_IS_2:
             e = e_q * e_q
         elif KIND >= 0 and EVEN and T_IS_1:
@@ -176,16 +186,19 @@ def _sums(
     tl.store(out, top)
     tl.store(out + plane, tl.sum(z * tl.exp2((m - _finite(top)) * LOG2E)))
     if KIND >= 0:
-        top_q, top_t = tl.max(m_q), tl.max(m_t)
-        share_q, share_t = tl.exp2((m_q - _finite(top_q)) * cold), tl.exp2((m_t - _finite(top_t)) * cold)
+        top_q = tl.max(m_q)
+        share_q = tl.exp2((m_q - _finite(top_q)) * cold)
         tl.store(out + 2 * plane, top_q)
         tl.store(out + 3 * plane, tl.sum(z_q * share_q))
-        tl.store(out + 4 * plane, top_t)
-        tl.store(out + 5 * plane, tl.sum(z_t * share_t))
-        if KIND == 0:
-            tl.store(out + 6 * plane, tl.sum(acc * share_t))
-        elif KIND == 1:
-            tl.store(out + 6 * plane, tl.sum(acc * share_q))
+        if not LATER:
+            top_t = tl.max(m_t)
+            share_t = tl.exp2((m_t - _finite(top_t)) * cold)
+            tl.store(out + 4 * plane, top_t)
+            tl.store(out + 5 * plane, tl.sum(z_t * share_t))
+            if KIND == 0:
+                tl.store(out + 6 * plane, tl.sum(acc * share_t))
+            elif KIND == 1:
+                tl.store(out + 6 * plane, tl.sum(acc * share_q))
     if tl.program_id(0) == 0:
         picked = tl.load(srow + tl.maximum(tl.load(labels + row), 0)).to(tl.float32)
         if CAPPED:
@@ -233,10 +246,10 @@ def _values(
 
 @triton.jit
 def _gradient(
-    student, teacher, labels, weights, parts, sums, mixed, squares, numbers, n, student_stride, teacher_stride,
-    columns, shared, temperature, share, cap, teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr,
+    student, teacher, labels, weights, parts, sums, mixed, known_lse, squares, numbers, n, student_stride,
+    teacher_stride, columns, shared, temperature, share, cap, teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr,
     TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
-    T_IS_2: tl.constexpr, T_IS_1: tl.constexpr,
+    T_IS_2: tl.constexpr, T_IS_1: tl.constexpr, LATER: tl.constexpr,
 ):  # fmt: skip
     row, slices = tl.program_id(1), tl.num_programs(0)
     srow, trow = student + row.to(tl.int64) * student_stride, teacher + row.to(tl.int64) * teacher_stride
@@ -249,8 +262,13 @@ def _gradient(
     lse_q, lse_t, value, mean = 0.0, 0.0, 0.0, 0.0
     if KIND >= 0:
         lse_q, share_q = _together(own, plane, 2, cold, slices, SLICES)
-        lse_t, share_t = _together(own, plane, 4, cold, slices, SLICES)
-        if KIND < 2:
+        if LATER:
+            lse_t = tl.load(known_lse + row) * LOG2E
+        else:
+            lse_t, share_t = _together(own, plane, 4, cold, slices, SLICES)
+        if LATER:
+            value = 0.0
+        elif KIND < 2:
             acc = tl.load(own + 6 * plane + at, mask=at < slices, other=0.0)
             if KIND == 0:
                 value = tl.sum(acc * share_t) / temperature - (lse_t - lse_q) / LOG2E
@@ -266,6 +284,7 @@ def _gradient(
     kd_part, ce_part = tl.load(parts).to(tl.float32), tl.load(parts + 1).to(tl.float32)
     kd_scale, ce_scale = weight * kd_part * temperature, weight * ce_part
     kd_square, ce_square = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
+    values = tl.zeros((LINES,), tl.float32)
     for start in range(0, PART, BLOCK):
         cols = start + lanes
         s = _read(srow, cols, columns, cap, CAPPED, EVEN)
@@ -274,8 +293,11 @@ def _gradient(
             t = _read(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN)
             logq, logp = s_q * cold - lse_q, t * cold - lse_t
             if KIND == 0:
-                q = tl.exp2(logq)
-                slope = q - tl.exp2(logp)
+                q, p = tl.exp2(logq), tl.exp2(logp)
+                slope = q - p
+                if LATER:
+                    term = p * (logp - logq)
+                    values += tl.sum(term if EVEN else tl.where(cols < shared, term, 0.0), 1)
             elif KIND == 1:
                 q = tl.exp2(logq)
                 slope = q * ((logq - logp) / LOG2E - mean)
@@ -308,3 +330,5 @@ def _gradient(
             tl.store(srow + cols, grad.to(student.dtype.element_ty), mask=cols < columns)
     tl.store(squares + row * slices + tl.program_id(0), tl.sum(kd_square))
     tl.store(squares + plane + row * slices + tl.program_id(0), tl.sum(ce_square))
+    if LATER:
+        tl.store(squares + 2 * plane + row * slices + tl.program_id(0), tl.sum(values) / LOG2E)

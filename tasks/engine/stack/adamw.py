@@ -38,7 +38,8 @@ class AdamW(torch.optim.AdamW):
             if not len(table):
                 continue
             steps = [self.state[p]["step"] for p in group["params"]]
-            torch._foreach_add_(steps, 1 - found)
+            # A tensor by itself would be taken for a number: the host would wait for the device to have it.
+            torch._foreach_add_(steps, [1 - found] * len(steps))
             beta1, beta2 = group["betas"]
             _adamw[(len(table),)](
                 table, self.factor, found, steps[0], float(group["lr"]), 1 - beta1, 1 - beta2, math.log(beta1),

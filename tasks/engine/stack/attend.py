@@ -15,7 +15,7 @@ from tasks.engine.stack.shapes import Attention, Rows
 
 SHORT = 512  # tokens: longer rows go to torch's kernel
 # (queries times heads, keys, warps, stages) of a block
-FORWARD, QUERIES, KEYS = (64, 16, 4, 3), (64, 16, 4, 2), (32, 64, 8, 3)
+FORWARD, QUERIES, KEYS = (64, 32, 4, 2), (64, 16, 4, 3), (32, 64, 8, 3)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -83,10 +83,16 @@ def _window(rows: Rows, kind: Attention) -> dict[str, int]:
 
 
 @triton.jit
-def _row(borders, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """The first token of this program's row, its number of tokens, and the first query of this program's block."""
+def _row(borders, block, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """The first token of this program's row, its number of tokens, and the first query or key of its `block`."""
     start = tl.load(borders + tl.program_id(0))
-    return start, tl.load(borders + tl.program_id(0) + 1) - start, tl.program_id(1) * (BLOCK // GROUP)
+    return start, tl.load(borders + tl.program_id(0) + 1) - start, block * (BLOCK // GROUP)
+
+
+@triton.jit
+def _turned():
+    """This program's block of queries: a row's last, which sees the most keys, is begun first."""
+    return tl.num_programs(1) - 1 - tl.program_id(1)
 
 
 @triton.jit
@@ -114,7 +120,7 @@ def _forward(
     q, k, v, out, lse, borders, scale, window, v_token, v_head,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    start, length, first = _row(borders, BLOCK, GROUP)
+    start, length, first = _row(borders, _turned(), BLOCK, GROUP)
     if first >= length:
         return
     kv = tl.program_id(2)
@@ -151,7 +157,7 @@ def _backward_queries(
     q, k, v, out, do, lse, delta, dq, borders, scale, plain_scale, window, v_token, v_head,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    start, length, first = _row(borders, BLOCK, GROUP)
+    start, length, first = _row(borders, _turned(), BLOCK, GROUP)
     if first >= length:
         return
     kv = tl.program_id(2)
@@ -172,9 +178,9 @@ def _backward_queries(
         known = (key < length)[:, None]
         keys = tl.load(k_row + key[:, None] * (KV_HEADS * WIDTH) + at[None, :], mask=known, other=0.0)
         values = tl.load(v_row + key[:, None] * v_token + at[None, :], mask=known, other=0.0)
-        shares = tl.exp2(tl.dot(queries, tl.trans(keys)) * scale - high[:, None])
-        shares = tl.where(_shown(token, key, length, window), shares, 0.0)
-        slope = shares * (tl.dot(grad, tl.trans(values)) - mean[:, None])
+        scores, of_shares = tl.dot(queries, tl.trans(keys)), tl.dot(grad, tl.trans(values))
+        shares = tl.where(_shown(token, key, length, window), tl.exp2(scores * scale - high[:, None]), 0.0)
+        slope = shares * (of_shares - mean[:, None])
         acc += tl.dot(slope.to(keys.dtype), keys)
     tl.store(dq + before * WIDTH + place, (acc * plain_scale).to(dq.dtype.element_ty), mask=there)
 
@@ -185,7 +191,7 @@ def _backward_keys(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The values' gradient takes their place: no other program reads them."""
-    start, length, first = _row(borders, KEYS, 1)
+    start, length, first = _row(borders, tl.program_id(1), KEYS, 1)
     if first >= length:
         return
     kv = tl.program_id(2)
@@ -207,12 +213,12 @@ def _backward_keys(
         grad = tl.load(do + before * WIDTH + place, mask=there[:, None], other=0.0)
         high = tl.load(lse + before + head, mask=there, other=0.0)
         mean = tl.load(delta + before + head, mask=there, other=0.0)
-        shares = tl.exp2(tl.dot(keys, tl.trans(queries)) * scale - high[None, :])
+        scores, of_shares = tl.dot(keys, tl.trans(queries)), tl.dot(values, tl.trans(grad))
         back = token[None, :] - key[:, None]
         shown = (back >= 0) & there[None, :] & ((window == 0) | (back < window))
-        shares = tl.where(shown, shares, 0.0)
+        shares = tl.where(shown, tl.exp2(scores * scale - high[None, :]), 0.0)
+        slope = shares * (of_shares - mean[None, :])
         of_values += tl.dot(shares.to(grad.dtype), grad)
-        slope = shares * (tl.dot(values, tl.trans(grad)) - mean[None, :])
         of_keys += tl.dot(slope.to(queries.dtype), queries)
     dk_row, v_row = _of_row(dk, v, start, kv, v_token, v_head, KV_HEADS, WIDTH)
     out = key[:, None] * (KV_HEADS * WIDTH) + at[None, :]

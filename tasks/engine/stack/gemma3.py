@@ -6,8 +6,9 @@
 
 What is between two products is one kernel (tasks.engine.stack.kernels). Queries, keys and values are one product, gate
 and up another, and a weight's gradient is summed in float32 by its product itself. A layer keeps its inputs to norms
-and products where they are dear to make again; norms and the gate's product are made again. Of the last layer only the
-labelled positions go through the MLP. The same formulas in plain torch serve the CPU (tests), where nothing is won.
+and products where they are dear to make again; norms, the gate's product and every other sum of the residual stream
+are made again. Of the last layer only the labelled positions go through the MLP. The same formulas in plain torch serve
+the CPU (tests), where nothing is won.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma
 
 from tasks.engine.batches import Batch
 from tasks.engine.head import layers_of, unwrap
+from tasks.engine.losses.products import add_product
 from tasks.engine.stack import plain
 from tasks.engine.stack.shapes import Attention, Rows
 
@@ -115,24 +117,25 @@ class Stack:
             found[layer_type == "sliding_attention"] = tuple(x[0, :, : x.shape[-1] // 2].contiguous() for x in both)
         return cast(dict[bool, tuple[Tensor, Tensor]], found)
 
-    def __call__(self, batch: Batch, embedded: Tensor) -> Tensor:
-        """Final hidden states (N, H) at the batch's positions, of embedded tokens (..., H)."""
+    def __call__(self, batch: Batch, embedded: Tensor, fresh: bool = False) -> Tensor:
+        """Final hidden states (N, H) at the batch's positions, of embedded tokens (..., H). With `fresh` the backward
+        puts the layers' gradients in the place of what is there."""
         with torch.autocast(embedded.device.type, enabled=False):
             rows, x = self.rows(batch), embedded.flatten(0, -2).to(self.dtype)
-            return cast(Tensor, cast(Any, _Layers).apply(x, self, rows, batch["positions"]))
+            return cast(Tensor, cast(Any, _Layers).apply(x, self, rows, batch["positions"], fresh))
 
 
 class _Layers(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, stack: Stack, rows: Rows, positions: Tensor) -> Tensor:
-        ops, eps, kept = stack.ops, stack.eps, list[Tensor]()
+    def forward(ctx: Any, x: Tensor, stack: Stack, rows: Rows, positions: Tensor, fresh: bool) -> Tensor:
+        ops, eps, kept, start = stack.ops, stack.eps, list[Tensor](), x
         normed = ops.norm(x, stack.layers[0].norms["first"], eps)
         for number, layer in enumerate(stack.layers):
             last = number + 1 == len(stack.layers)
             qkv = normed @ layer.qkv.T
             q, k = ops.rotate(qkv, layer.norms["q"], layer.norms["k"], rows, layer.kind)
             out, known = ops.attend(q, k, _values(qkv, layer.kind), rows, layer.kind)
-            kept += [x, qkv, out, known]
+            kept += [qkv, out, known]
             del q, k
             if last:  # what no label sees ends here
                 x, out = x.index_select(0, positions), out.index_select(0, positions)
@@ -143,55 +146,55 @@ class _Layers(torch.autograd.Function):
             kept += [attended, x, gate_up, down]
             following = stack.last[0].detach() if last else stack.layers[number + 1].norms["first"]
             x, normed = ops.add_norm(x, down, layer.norms["last"], following, eps)
-        ctx.save_for_backward(*kept, x, positions)
-        ctx.stack, ctx.rows = stack, rows
+        ctx.save_for_backward(start, *kept, positions)
+        ctx.stack, ctx.rows, ctx.fresh = stack, rows, fresh
         return cast(Tensor, normed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        stack, rows = ctx.stack, ctx.rows
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        stack, rows, fresh = ctx.stack, ctx.rows, ctx.fresh
         ops, eps, kept = stack.ops, stack.eps, list(ctx.saved_tensors)
-        positions, after = kept.pop(), kept.pop()
+        positions = kept.pop()
         dx, dn, weight, into = None, grads[0].contiguous(), stack.last[0].detach(), stack.last[1]
-        sums = _Sums(stack, after)
+        sums = _Sums(stack, dn)
         waiting: tuple[Tensor, Tensor] | None = None  # a product whose input is made again by the next kernel
         for number in range(len(stack.layers) - 1, -1, -1):
             layer = stack.layers[number]
             last, norms, added = number + 1 == len(stack.layers), layer.norms, layer.grads
-            x, qkv, out, known, attended, middle, gate_up, down = kept[-8:]
-            del kept[-8:]
+            qkv, out, known, attended, middle, gate_up, down = kept[-7:]
+            del kept[-7:]
             share = sums.norm(into, added["last"])
-            dx, ddown, normed = ops.add_norm_backward(dx, dn, after, down, norms["last"], weight, eps, share)
+            dx, ddown, normed = ops.add_norm_backward(dx, dn, middle, down, norms["last"], weight, eps, share, True)
             if waiting:
-                _add_product(*waiting, normed)
+                add_product(*waiting, normed, fresh)
             gate_up, gated = ops.gated_backward(gate_up, ddown @ layer.down)
-            _add_product(added["down"], ddown, gated)
+            add_product(added["down"], ddown, gated, fresh)
             del gated, ddown, normed
             dn = gate_up @ layer.gate_up
             share = sums.norm(added["second"], added["after"])
             dx, dattended, normed = ops.add_norm_backward(
-                dx, dn, middle, attended, norms["after"], norms["second"], eps, share
+                dx, dn, middle, attended, norms["after"], norms["second"], eps, share, False
             )
-            _add_product(added["gate_up"], gate_up, normed)
+            add_product(added["gate_up"], gate_up, normed, fresh)
             del gate_up, normed
             do = dattended @ layer.out
             if last:
-                _add_product(added["out"], dattended, out.index_select(0, positions))
+                add_product(added["out"], dattended, out.index_select(0, positions), fresh)
                 dx, do = (_spread(part, positions, len(out)) for part in (dx, do))
             else:
-                _add_product(added["out"], dattended, out)
+                add_product(added["out"], dattended, out, fresh)
             q, k = ops.rotate(qkv, norms["q"], norms["k"], rows, layer.kind)
             dq, dk = ops.attend_backward(do, q, k, _values(qkv, layer.kind), out, known, rows, layer.kind)
             del q, k, do, out
             ops.rotate_backward(dq, dk, qkv, norms["q"], norms["k"], rows, layer.kind, sums.heads(layer))
             dn = qkv @ layer.qkv
             waiting = added["qkv"], qkv
-            weight, into, after = norms["first"], added["first"], x
-        dx, _, normed = ops.add_norm_backward(dx, dn, after, None, None, weight, eps, sums.norm(into))
+            weight, into = norms["first"], added["first"]
+        dx, _, normed = ops.add_norm_backward(dx, dn, kept[0], None, None, weight, eps, sums.norm(into), False)
         assert waiting is not None
-        _add_product(*waiting, normed)
-        sums.add()
-        return dx, None, None, None
+        add_product(*waiting, normed, fresh)
+        sums.add(fresh)
+        return dx, None, None, None, None
 
 
 class _Sums:
@@ -216,14 +219,15 @@ class _Sums:
         self.layers.append(layer)
         return self.of_heads[len(self.layers) - 1]
 
-    def add(self) -> None:
-        """Adds all to where they go."""
+    def add(self, fresh: bool) -> None:
+        """Adds all to where they go, or puts them there."""
         norms, heads = self.norms.sum(2).unbind(), self.of_heads.sum(2)
         pairs = [pair for into, found in zip(self.into, norms, strict=True) for pair in zip(into, found, strict=False)]
         asked = self.layers[0].kind.heads
         for name, part in (("q", heads[:, :asked].sum(1)), ("k", heads[:, asked:].sum(1))):
             pairs += [(layer.grads[name], found) for layer, found in zip(self.layers, part.unbind(), strict=True)]
-        torch._foreach_add_([total for total, _ in pairs], [found for _, found in pairs])
+        move = torch._foreach_copy_ if fresh else torch._foreach_add_
+        move([total for total, _ in pairs], [found for _, found in pairs])
 
 
 def _values(qkv: Tensor, kind: Attention) -> Tensor:
@@ -234,16 +238,6 @@ def _values(qkv: Tensor, kind: Attention) -> Tensor:
 def _spread(grad: Tensor, positions: Tensor, length: int) -> Tensor:
     """The gradient of an index_select: (T, H), 0 where nothing was selected. Filled-up positions bring zeros."""
     return grad.new_zeros((length, grad.shape[1])).index_add_(0, positions, grad)
-
-
-def _add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """total (N, K) += grad.T @ x, summed in the dtype of `total`."""
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.T, x)
-    elif grad.is_cuda:
-        torch.addmm(total, grad.T, x, out_dtype=total.dtype, out=total)
-    else:
-        total += grad.T @ x
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -46,14 +46,16 @@ def add_norm(x: Tensor, added: Tensor, gain: Tensor, weight: Tensor, eps: float)
 
 def add_norm_backward(
     dx: Tensor | None, dn: Tensor, x: Tensor, added: Tensor | None, gain: Tensor | None, weight: Tensor, eps: float,
-    shares: Tensor,
+    shares: Tensor, again: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """From the gradients of add_norm's two results (`dx` None: 0), x being the first of them: the residual stream's
-    gradient, that of `added`, and the normed x once more. `shares` (2, PROGRAMS, H) takes the gradients of `weight`
-    and `gain`, to be summed over its programs.
+    """From the gradients of add_norm's two results (`dx` None: 0): the residual stream's gradient, that of `added`,
+    and the second result once more. x is the first result, or with `again` what it was made from. `shares`
+    (2, PROGRAMS, H) takes the gradients of `weight` and `gain`, to be summed over its programs.
 
     Without `added` it is the backward of `norm`.
     """
+    if again and added is not None and gain is not None:
+        x = add_norm(x, added, gain, weight, eps)[0]
     normed, bare, inverse = _norm(wide(x), weight, eps)
     back, of_weight = _norm_backward(wide(dn), bare, inverse, weight)
     back = back if dx is None else wide(dx) + back

@@ -16,8 +16,17 @@ from tests.benchmarks.distill.quickstart import quickstart
 from tests.benchmarks.distill.shapes import DEVICE, PICO, SHAPES, SIZES, examples
 
 SIZES_OF = {
-    "short": ["8/8/256", "32/32/512", "64/64/1024", "128/32/512", "128/64/1024", "128/128/1024", "256/128/1024"],
-    "long": ["2/2/512", "8/4/1024", "8/8/1024"],
+    "short": [
+        "8/8/256",
+        "32/32/512",
+        "64/64/1024",
+        "128/32/512",
+        "128/64/1024",
+        "128/128/1280",
+        "128/128/1792",
+        "256/128/1280",
+    ],
+    "long": ["2/2/512", "8/4/1024", "8/8/1280"],
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from tasks.core.job import Job
 from tasks.distill import DistillConfig
 from tasks.distill.lessons import Lessons
-from tasks.distill.run import objective
+from tasks.distill.run import WINDOW, objective
 from tasks.distill.states.store import Kept, States
 from tasks.distill.states.teacher import Ask, remember_rows
 from tasks.distill.teachers import Remembered
@@ -56,18 +56,19 @@ def ours(
         plan = Plan(
             build=student or (lambda: model("student", torch.float32)), examples=rows, validation=validation or [],
             objective=objective(lessons, Mix(KD, CE, T), None, config.loss_chunk_mib << 20), config=config, job=job,
-            made_by="bench", enrich=lessons.taught.enrich,
+            made_by="bench", enrich=lessons.taught.enrich, window=WINDOW,
         )  # fmt: skip
         with no_checkpoints(), no_stack() if layers == "transformers" else contextlib.nullcontext():
             start = time.perf_counter()
             trained, history = train(plan)
             whole = time.perf_counter() - start
         peak = peak_gib()
-        told = [json.loads(line) for line in (Path(work) / "events.jsonl").read_text().splitlines()]
-    times = [e["time"] for e in told if e["event"] == "metrics" and "grad_norm" in e["values"]]
-    skip = min(len(times) - 2, max(3, len(times) // 3))
-    mean = (times[-1] - times[skip]) / (len(times) - 1 - skip)
-    gaps = sorted(b - a for a, b in zip(times[skip:], times[skip + 1 :], strict=False))
+        events = [json.loads(line) for line in (Path(work) / "events.jsonl").read_text().splitlines()]
+    times = [e["time"] for e in events if e["event"] == "metrics" and "grad_norm" in e["values"]]
+    skip = min(len(times) - 3, max(3, len(times) // 3))
+    told = times[skip:-1]  # the last step is told when the run has ended, after more than a step
+    mean = (told[-1] - told[0]) / (len(told) - 1)
+    gaps = sorted(b - a for a, b in zip(told, told[1:], strict=False))
     return {"ms": mean * 1e3, "median": gaps[len(gaps) // 2] * 1e3, "peak": peak, "plan": plan, "model": trained,
             "times": times, "history": history, "first": times[skip] - times[0], "whole": whole}  # fmt: skip
 

@@ -62,7 +62,7 @@ def loss_alone(labels: int = 5760) -> None:
     mix, into = Mix(KD, CE, T), torch.zeros(pieces, hidden, device=DEVICE)
     parts = mix.weights(x.device)
     x.requires_grad_()
-    for mib in (256, 512, 1024, 2048, 4096):
+    for mib in (256, 512, 1024, 1280, 1792, 4096):
         fresh()
         run = functools.partial(distillation, x, student, y, states, teacher, mix, mib << 20, into=into, parts=parts)
         ms = timed(lambda run=run: run().loss.backward())  # type: ignore[misc]

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--micro", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=1280)
     parser.add_argument("--pico", action="store_true")
     arguments = parser.parse_args()
     if os.environ.get("LOCAL_RANK") is not None:  # one GPU a process, as tasks.core.command does it
