@@ -19,21 +19,23 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tasks.engine import fused_mlp_fp8
 from tasks.engine.fused_fp8 import MULTIPLE
-from tasks.engine.fused_lora import ADAPTER, LoraGroup, refresh
+from tasks.engine.fused_group import ADAPTER, LoraGroup, refresh
 from tasks.engine.fused_mlp import gated_mlp
 from tasks.engine.fused_nf4 import nf4_parts
-from tasks.engine.head import unwrap
+from tasks.engine.head import layers_of, unwrap
+from tasks.engine.processes import split_layers
 
 FP8_NEAR = 0.15  # of the largest output: each product rounds to 4 bits, a few hundred of them average out
 
 
 class How(NamedTuple):
-    """How groups are run: `keep` as in tasks.engine.fused_mlp, `fp8` multiplies the MLPs' frozen weights in 8 bits."""
+    """How groups are run: `keep` as in tasks.engine.fused_mlp, `fp8` multiplies the MLPs' frozen weights in 8 bits,
+    `split` leaves the groups' weights as parameters, for fsdp2 to split."""
 
     keep: bool = True
     fp8: bool = False
+    split: bool = False
 
 
 class FusedMLP(nn.Module):
@@ -54,14 +56,13 @@ class FusedMLP(nn.Module):
         self.whole = known and alike and inputs <= 2 * width and bases[2].out_features < width
         fits = inputs % MULTIPLE == width % MULTIPLE == 0 and all(base.weight.is_floating_point() for base in bases)
         self.fp8 = how.fp8 and self.whole and fits
-        self.expand, self.contract = LoraGroup(members[:2], self.fp8), LoraGroup(members[2:], self.fp8)
+        self.expand, self.contract = (LoraGroup(part, self.fp8, how.split) for part in (members[:2], members[2:]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K)."""
         if self.whole:
             flat = x.flatten(0, -2).to(self.expand.low_a.dtype)
-            multiply = fused_mlp_fp8.gated_mlp if self.fp8 else gated_mlp
-            y = multiply(flat, self.expand, self.contract, self.silu, self.keep)
+            y = gated_mlp(flat, self.expand, self.contract, self.silu, self.keep)
             return cast(Tensor, y.unflatten(0, x.shape[:-1]))
         gate, up = self.expand(x)
         return cast(Tensor, self.contract(cast(Any, self.act_fn)(gate) * up)[0])
@@ -82,8 +83,8 @@ class FusedAttention(nn.Module):
         self.num_key_value_groups = attention.num_key_value_groups
         self.sliding_window = getattr(attention, "sliding_window", None)
         self.rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        self.read = LoraGroup([cast(LoraLayer, getattr(self, name)) for name in self.NAMES[:3]])
-        self.write = LoraGroup([cast(LoraLayer, self.o_proj)])
+        self.read = LoraGroup([cast(LoraLayer, getattr(self, name)) for name in self.NAMES[:3]], split=how.split)
+        self.write = LoraGroup([cast(LoraLayer, self.o_proj)], split=how.split)
 
     def forward(
         self,
@@ -117,9 +118,10 @@ class FusedAttention(nn.Module):
         return self.write(out.reshape(*hidden_states.shape[:-1], -1))[0], weights
 
 
-def fuse_adapters(model: PreTrainedModel, keep: bool = True, fp8: bool = False) -> list[LoraGroup]:
-    """Fuses what can be; the groups made, none for a model without plain LoRA adapters. `keep`, `fp8`: see `How`."""
-    how = How(keep, fp8)
+def fuse_adapters(model: PreTrainedModel, keep: bool = True, fp8: bool = False, split: bool = False) -> list[LoraGroup]:
+    """Fuses what can be; the groups made, none for a model without plain LoRA adapters. `keep`, `fp8`, `split`: see
+    `How`; with `split` the layers are split over the processes as well."""
+    how = How(keep, fp8, split)
     for parent in list(unwrap(model).modules()):
         for name, child in list(parent.named_children()):
             kind = _kind(child)
@@ -130,16 +132,21 @@ def fuse_adapters(model: PreTrainedModel, keep: bool = True, fp8: bool = False) 
     inside = {id(member) for group in groups for member in group.members}
     for module in list(unwrap(model).modules()):
         if id(module) not in inside and _is_plain(module):
-            groups.append(_fuse_one(cast(LoraLayer, module)))
-    if groups:
-        body = unwrap(model).base_model
-        body.register_forward_pre_hook(lambda *_: refresh(groups))
+            groups.append(_fuse_one(cast(LoraLayer, module), split))
+    body = unwrap(model).base_model
+    if split:
+        multiplied = {id(member.get_base_layer().weight) for group in groups for member in group.members}
+        kept = [p for p in body.parameters() if groups and (p.requires_grad or id(p) in multiplied)]
+        split_layers(body, layers_of(model), kept)
+    if groups:  # before fsdp2's own hook, which begins to put weights together
+        body.register_forward_pre_hook(lambda *_: refresh(groups), prepend=True)
     return groups
 
 
-def _fuse_one(layer: LoraLayer) -> LoraGroup:
-    group = LoraGroup([layer])
+def _fuse_one(layer: LoraLayer, split: bool) -> LoraGroup:
+    group = LoraGroup([layer], split=split)
     module = cast(Any, layer)
+    module.add_module("fused", group)
     module.forward = lambda x: group(x)[0].to(x.dtype)
     return group
 

@@ -12,141 +12,26 @@ and where the output is (down), by rows:
 
 Several layers are stacked: their weights below each other, their sB in a block diagonal. A dense base weight moves into
 the extended one for good (peft's module keeps a view of it); an NF4 one is dequantized into it for each pass and never
-kept. Adapters are multiplied in the base's dtype from copies that `refresh` takes of peft's float32 parameters.
+kept. Adapters are multiplied in the base's dtype from copies of peft's float32 parameters. Who holds all this is
+tasks.engine.fused_group.
 
 Shapes: M tokens, K inputs, N outputs of all members together, r rank, R = r * members.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
-from tasks.engine import fused_fp8
-from tasks.engine.fused_fp8 import fill, quantize_weight
-from tasks.engine.fused_nf4 import PARTS, nf4_parts, read_nf4
+from tasks.engine.fused_nf4 import PARTS, read_nf4
 
-ADAPTER = "default"
+ALIGNED = 8  # elements of half precision: 16 bytes
 
 
-class LoraGroup(nn.Module):
-    """Members' outputs (..., N_i) from their common input (..., K). Holds buffers only: members keep their place.
-
-    With `fp8` the weights are kept in 8 bits, for tasks.engine.fused_mlp_fp8 to multiply, and peft's modules have none
-    left: NaN in their place.
-    """
-
-    extended: Tensor
-    low_a: Tensor
-    low_b: Tensor
-    bias: Tensor | None
-
-    def __init__(self, members: Sequence[LoraLayer], fp8: bool = False) -> None:
-        super().__init__()
-        self.members = tuple(members)  # no children: their parameters have one name, peft's
-        bases = [cast(nn.Linear, member.get_base_layer()) for member in members]
-        self.sizes = [base.out_features for base in bases]
-        self.scales = [float(member.scaling[ADAPTER]) for member in members]
-        inputs, outputs, rank = bases[0].in_features, sum(self.sizes), members[0].r[ADAPTER]
-        self.by_columns = inputs <= outputs
-        quantized = [nf4_parts(base.weight) for base in bases]
-        self.quantized, self.fp8 = quantized[0] is not None, fp8
-        if fp8:
-            dtype, device = bases[0].weight.dtype, bases[0].weight.device
-            self._to_fp8(bases, rank * len(bases))
-            extended = torch.empty(0, dtype=dtype, device=device)
-        elif self.quantized:
-            for i, part in enumerate(part for parts in quantized for part in parts or ()):
-                self.register_buffer(f"quantized_{i}", part, persistent=False)
-            dtype, device = cast(Any, bases[0].weight).quant_state.dtype, bases[0].weight.device
-            extended = torch.empty(0, dtype=dtype, device=device)
-        else:
-            dtype, device = bases[0].weight.dtype, bases[0].weight.device
-            extended = _empty_extended(outputs, inputs, rank, len(bases), self.by_columns, dtype, device)
-            start = 0
-            for base in bases:
-                place = extended[start : start + base.out_features, :inputs]
-                place.copy_(base.weight.data)
-                base.weight.data = place
-                start += base.out_features
-        self.register_buffer("extended", extended, persistent=False)
-        shape = (rank * len(bases), inputs)
-        self.register_buffer("low_a", torch.empty(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("low_b", torch.empty((outputs, rank), dtype=dtype, device=device), persistent=False)
-        biases = [base.bias for base in bases]
-        stacked = None
-        if any(bias is not None for bias in biases):
-            zeros = [torch.zeros(size, dtype=dtype, device=device) for size in self.sizes]
-            stacked = torch.cat([z if bias is None else bias.data for bias, z in zip(biases, zeros, strict=True)])
-        self.register_buffer("bias", stacked, persistent=False)
-
-    def _to_fp8(self, bases: list[nn.Linear], rank: int) -> None:
-        """Quantizes the stacked weights once and lets go of the dense ones."""
-        weight = torch.cat([base.weight.data for base in bases])
-        for i, part in enumerate(quantize_weight(weight if self.by_columns else weight.t(), rank)):
-            self.register_buffer(f"small_{i}", part, persistent=False)
-        nothing = weight.new_full((), torch.nan)
-        for base in bases:
-            base.weight.data = nothing.expand(base.weight.shape)
-
-    def in_8_bits(self) -> list[Tensor]:
-        """wide and tall of tasks.engine.fused_fp8 with their scales: of the weight, or its transpose where the low
-        rank is A's."""
-        return [getattr(self, f"small_{i}") for i in range(fused_fp8.PARTS)]
-
-    def adapters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Members' A (r, K) and B (N_i, r)."""
-        return (
-            [cast(Any, member).lora_A[ADAPTER].weight for member in self.members],
-            [cast(Any, member).lora_B[ADAPTER].weight for member in self.members],
-        )
-
-    def quantized_parts(self) -> list[Tensor]:
-        """Members' NF4 tensors, one behind the other; none for a dense base."""
-        return [getattr(self, f"quantized_{i}") for i in range(PARTS * len(self.sizes))] if self.quantized else []
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """One output a member, in the base's dtype."""
-        a, b = self.adapters()
-        parts = self.quantized_parts()
-        flat = x.flatten(0, -2).to(self.low_a.dtype)
-        y, _ = lora_linear(flat, self.extended, parts, self.low_a, self.low_b, a, b, self.sizes, self.scales)
-        if self.bias is not None:
-            y = y + self.bias
-        y = y.unflatten(0, x.shape[:-1])
-        return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (y,)
-
-
-@torch.no_grad()
-def refresh(groups: Iterable[LoraGroup]) -> None:
-    """Takes peft's adapters into the groups' own dtype: before a forward, whenever an optimizer may have moved them."""
-    groups = list(groups)
-    if not groups:
-        return
-    sources: list[Tensor] = []
-    targets: list[Tensor] = []
-    for group in groups:
-        a, b = group.adapters()
-        targets += [
-            *group.low_a.split_with_sizes([len(part) for part in a]),
-            *group.low_b.split_with_sizes(group.sizes),
-        ]
-        sources += [*a, *torch._foreach_mul(list(b), group.scales)]
-    torch._foreach_copy_(targets, sources)
-    small = [group for group in groups if group.fp8]
-    lows = [group.low_b if group.by_columns else group.low_a.t() for group in small]
-    for group, low, most in zip(small, lows, torch._foreach_norm(lows, torch.inf) if lows else [], strict=True):
-        fill(group.in_8_bits(), low, len(group.members) if group.by_columns else 1, most)
-    for group in groups:
-        if not (group.quantized or group.fp8):
-            _fill_adapters(group.extended, group.low_a, group.low_b, group.sizes, group.by_columns)
-
-
-def _empty_extended(
+def empty_extended(
     outputs: int, inputs: int, rank: int, members: int, by_columns: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    """Room for the extended weight; what the low rank never fills is 0."""
     if by_columns:  # what lies beside the diagonal of the sB stays 0
         extended = torch.empty((outputs, inputs + rank * members), dtype=dtype, device=device)
         extended[:, inputs:] = 0
@@ -154,15 +39,21 @@ def _empty_extended(
     return torch.empty((outputs + rank, inputs), dtype=dtype, device=device)
 
 
-def _fill_adapters(extended: Tensor, low_a: Tensor, low_b: Tensor, sizes: list[int], by_columns: bool) -> None:
+def fill_adapters(
+    extended: Tensor, low_a: Tensor, low_b: Tensor, sizes: list[int], by_columns: bool, start: int = 0
+) -> None:
+    """Puts the low rank into `extended`, of which the rows from `start` on are there."""
     inputs, rank = low_a.shape[1], low_b.shape[1]
-    if not by_columns:
-        extended[sum(sizes) :].copy_(low_a)
-        return
-    row, column = 0, inputs
-    for part in low_b.split_with_sizes(sizes):
-        extended[row : row + len(part), column : column + rank].copy_(part)
-        row, column = row + len(part), column + rank
+    places = [(sum(sizes), 0, low_a)]
+    if by_columns:
+        rows = [sum(sizes[:i]) for i in range(len(sizes))]
+        parts = low_b.split_with_sizes(sizes)
+        places = [(row, inputs + i * rank, part) for i, (row, part) in enumerate(zip(rows, parts, strict=True))]
+    for row, column, part in places:
+        first, last = max(row, start), min(row + len(part), start + len(extended))
+        if first < last:
+            into = extended[first - start : last - start, column : column + part.shape[1]]
+            into.copy_(part[first - row : last - row])
 
 
 def extended_weight(
@@ -172,12 +63,12 @@ def extended_weight(
     if not quantized:
         return extended
     (outputs, rank), inputs, by_columns = low_b.shape, low_a.shape[1], _by_columns(low_a, low_b)
-    made = _empty_extended(outputs, inputs, rank, len(sizes), by_columns, low_a.dtype, low_a.device)
+    made = empty_extended(outputs, inputs, rank, len(sizes), by_columns, low_a.dtype, low_a.device)
     start = 0
     for i, size in enumerate(sizes):
         read_nf4(quantized[PARTS * i : PARTS * (i + 1)], made[start : start + size, :inputs])
         start += size
-    _fill_adapters(made, low_a, low_b, sizes, by_columns)
+    fill_adapters(made, low_a, low_b, sizes, by_columns)
     return made
 
 
@@ -203,7 +94,7 @@ def lora_linear(
     if _by_columns(low_a, low_b):
         xa = torch.mm(x, low_a.T)
         return torch.mm(torch.cat([x, xa], 1), weight.T), xa
-    both = torch.mm(x, weight.T)
+    both = torch.mm(x, weight.T, out=room(x, len(weight)))
     xa = both[:, outputs:].contiguous()
     return alone(both[:, :outputs].addmm_(xa, low_b.T)), xa
 
@@ -211,7 +102,8 @@ def lora_linear(
 @lora_linear.register_fake
 def _(x, extended, quantized, low_a, low_b, a, b, sizes, scales):  # type: ignore[no-untyped-def]
     outputs, rank = low_b.shape
-    y = x.new_empty((x.shape[0], outputs + (0 if _by_columns(low_a, low_b) else rank)))[:, :outputs]
+    whole = _by_columns(low_a, low_b)
+    y = x.new_empty((x.shape[0], outputs)) if whole else room(x, outputs + rank)[:, :outputs]
     return y, x.new_empty((x.shape[0], low_a.shape[0]))
 
 
@@ -231,7 +123,7 @@ def _backward(
     weight = extended_weight(extended, quantized, low_a, low_b, sizes)
     rank, inputs = low_b.shape[1], low_a.shape[1]
     if _by_columns(low_a, low_b):
-        both = torch.mm(grad, weight)
+        both = torch.mm(grad, weight, out=room(grad, weight.shape[1]))
         dxa = both[:, inputs:]
         dx = alone(both[:, :inputs].addmm_(dxa, low_a))
     else:
@@ -255,8 +147,14 @@ def _backward(
 @_backward.register_fake
 def _(grad, x, xa, extended, quantized, low_a, low_b, sizes, scales):  # type: ignore[no-untyped-def]
     exact, inputs = torch.promote_types(x.dtype, torch.float32), low_a.shape[1]
-    dx = x.new_empty((x.shape[0], inputs + (low_a.shape[0] if _by_columns(low_a, low_b) else 0)))[:, :inputs]
+    dx = room(x, inputs + len(low_a))[:, :inputs] if _by_columns(low_a, low_b) else x.new_empty((x.shape[0], inputs))
     return dx, torch.empty_like(low_a, dtype=exact), torch.empty_like(low_b, dtype=exact)
+
+
+def room(x: Tensor, columns: int) -> Tensor:
+    """Empty columns for each row of x. Every row begins at 16 bytes: attention's kernels take it for granted of what
+    they are given in the backward, whatever the strides say."""
+    return x.new_empty((x.shape[0], -(-columns // ALIGNED) * ALIGNED))[:, :columns]
 
 
 def alone(part: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,28 +20,15 @@ from tasks.engine.compiled import compiling_pays, run_layers
 from tasks.engine.feed import Feed, every_row, is_packed
 from tasks.engine.fused_layers import fuse_adapters
 from tasks.engine.graphs import Graphs, most_labels
-from tasks.engine.head import unwrap
 from tasks.engine.history import History
 from tasks.engine.load import pick_dtype
 from tasks.engine.offload import host_has, kept_a_token
 from tasks.engine.packing import make_packable
+from tasks.engine.shown import Shown
 
 # Sums over a batch's labels: "loss" with its gradient, and further parts by name ("kd_loss", "ce_loss").
 Objective = Callable[[PreTrainedModel, Batch], dict[str, Tensor]]
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
-
-
-class Shown(Protocol):
-    """Weights that the loss sees in place of the trained ones, which the optimizer and checkpoints keep seeing."""
-
-    def show(self, step: int) -> None:
-        """Puts them in place for the step after `step` finished ones."""
-
-    def restore(self) -> None:
-        """Puts the trained weights back."""
-
-    def during(self, step: int) -> AbstractContextManager[None]:
-        """`show` and `restore` around a validation."""
 
 
 @dataclass
@@ -56,7 +41,8 @@ class Plan:
     what several processes split. `fp8` multiplies the adapted MLPs' frozen weights in 8 bits. `shown` makes the weights
     that the loss sees, where they are not the trained ones.
     `enrich` adds to a batch, on the host, what the objective needs beside it; `before_step` is called with the history
-    and the number of finished steps before each step. Checkpoints are in `folder` of the job's work directory.
+    and the number of finished steps before each step. Checkpoints are in `folder` of the job's work directory. On CUDA
+    `window` steps deal their rows anew among themselves, so that all are of one size (tasks.engine.packing.evened).
     """
 
     build: Callable[[], PreTrainedModel]
@@ -73,6 +59,7 @@ class Plan:
     before_step: Callable[[History, int], None] | None = None
     folder: str = "checkpoints"
     fp8: bool = False
+    window: int = 1
 
     def __post_init__(self) -> None:
         """Goes down the job's rungs, unless whoever made the plan did: those that leave rows and model as they are."""
@@ -89,6 +76,11 @@ class Plan:
         """Optimizer steps of the whole run."""
         asked = math.ceil(len(self.examples) * self.config.epochs / self.config.batch_size)
         return self.config.max_steps or max(1, asked)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each process holds a part of the layers' weights."""
+        return self.strategy == "fsdp2" and processes.count() > 1
 
     @property
     def own_batch(self) -> int:
@@ -139,28 +131,27 @@ def feed(plan: Plan, model: PreTrainedModel) -> Feed:
     order = processes.share(row_order(lengths, config.batch_size, plan.steps, config.seed), config.batch_size)
     cuda = device.type == "cuda"
     return Feed(
-        plan.examples, order, plan.own_batch, plan.micro_batch, packed, shapes=2 * cuda, multiple=128 if cuda else 1
-    )
+        plan.examples, order, plan.own_batch, plan.micro_batch, packed, shapes=2 * cuda, multiple=128 if cuda else 1,
+        window=plan.window if cuda else 1,
+    )  # fmt: skip
 
 
 def quicken(plan: Plan, model: PreTrainedModel, batches: Feed) -> None:
     """Fuses the adapters' products, and has the decoder's layers recomputed and compiled as the config says."""
     config = plan.config
-    if plan.strategy == "fsdp2" and processes.count() > 1:  # its hooks sit on layers and weights as they are
-        if plan.fp8:
-            raise BadConfig("fp8 needs whole weights: set strategy=ddp, or fp8=false")
-        if config.gradient_checkpointing:
-            unwrap(model).gradient_checkpointing_enable({"use_reentrant": False})
-        return
-    fused = fuse_adapters(model, keep=not config.gradient_checkpointing, fp8=plan.fp8)
+    if plan.is_split and plan.fp8:
+        raise BadConfig("fp8 needs whole weights: set strategy=ddp, or fp8=false")
+    fused = fuse_adapters(model, not config.gradient_checkpointing, plan.fp8, plan.is_split)
     small = sum(group.fp8 for group in fused) // 2
     if plan.fp8 and not small:
         raise BadConfig(
             "fp8 fits none of this model's MLPs: it takes dense weights whose widths are multiples of 128, with plain "
             "adapters on gate, up and down. Set fp8=false"
         )
-    compiled = config.compile == "on" or (config.compile == "auto" and compiling_pays(model, len(batches)))
-    away = compiled and config.gradient_checkpointing and model.device.type == "cuda" and _host_has_room(model, batches)
+    pays = compiling_pays(model, len(batches), batches.tokens / max(1, len(batches)), config.gradient_checkpointing)
+    compiled = config.compile == "on" or (config.compile == "auto" and pays)
+    away = compiled and config.gradient_checkpointing and model.device.type == "cuda" and not plan.is_split
+    away = away and _host_has_room(model, batches)
     run_layers(
         model, config.gradient_checkpointing, compiled, random=config.dropout > 0, away=away,
         warn=lambda text: plan.job.log(text, "warning"),
@@ -182,7 +173,7 @@ def graphs_for(plan: Plan, batches: Feed, model: PreTrainedModel) -> Graphs | No
     random in the forward, weights whole and in their places."""
     config, device = plan.config, model.device.type
     fits = device == "cuda" and pick_dtype(config.precision, device) == torch.bfloat16 and config.dropout == 0
-    whole = (plan.strategy == "ddp" or processes.count() == 1) and plan.shown is None
+    whole = not plan.is_split and plan.shown is None
     if not (fits and whole and batches.packing and batches.packing.lengths):
         return None
     if config.cuda_graphs == "off" or config.optimizer != "adamw":

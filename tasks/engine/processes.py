@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from tasks.core.errors import BadConfig
 
 Strategy = Literal["ddp", "fsdp2"]
 BUCKET = 1 << 26  # elements summed at once: 256 MiB in float32
+UNIT = 1 << 28  # bytes of weights put together at once: what that takes of the host's time does not depend on them
 PATIENCE = timedelta(days=1)  # with process 0, which may ask a teacher first; who hangs is the parent's to find out
 
 
@@ -139,23 +140,36 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) 
         torch._foreach_mul_(local, factor)
 
 
-def split_layers(body: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """FSDP2: the weights of each layer are split over the processes and whole only while the layer works.
+def split_layers(body: nn.Module, layers: Sequence[nn.Module], kept: Sequence[nn.Parameter] = ()) -> None:
+    """FSDP2: the weights of each layer are split over the processes and whole only while it works, small layers' with
+    their neighbours'.
 
-    Embedding, head and last norm stay whole everywhere: the chunked loss takes the head's weight by itself.
+    Embedding, head, last norm and `kept` stay whole everywhere: the chunked loss takes the head's weight by itself.
     """
     if any(type(p).__name__ == "Params4bit" for p in body.parameters()):
         raise BadConfig("4-bit weights cannot be split over processes: set strategy=ddp, or method=lora")
-    mesh = init_device_mesh(next(body.parameters()).device.type, (count(),))
+    mesh, whole_ones = init_device_mesh(next(body.parameters()).device.type, (count(),)), {id(p) for p in kept}
+    unit, size = list[nn.Module](), 0
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    inside = {id(p) for layer in layers for p in layer.parameters()}
+        unit.append(layer)
+        size += sum(p.numel() * p.element_size() for p in layer.parameters() if id(p) not in whole_ones)
+        if size >= UNIT or layer is layers[-1]:
+            fully_shard(cast(Any, unit), mesh=mesh, ignored_params=set(kept))
+            unit, size = [], 0
+    inside = {id(p) for layer in layers for p in layer.parameters()} - whole_ones
     fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if id(p) not in inside})
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together from its parts; every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This process's rows of a tensor that may be split by rows, and the number of the first of them."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    return tensor.to_local(), rank() * -(-len(tensor) // count())  # as torch.chunk cuts
 
 
 def part_like(value: Tensor, like: Tensor) -> Tensor:

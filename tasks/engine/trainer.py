@@ -7,7 +7,6 @@ verified checkpoint, over the same rows, to the same weights. A diverged run goe
 """
 
 import contextlib
-import dataclasses
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +15,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback
 
 from tasks.core.errors import BadConfig, Diverged
-from tasks.engine import checkpoint, optimizers, processes
+from tasks.engine import checkpoint, processes
 from tasks.engine.ahead import Ahead
 from tasks.engine.batches import Batch, collate, to_device
 from tasks.engine.delayed import Coming, Sums
 from tasks.engine.guard import Broke, worst, worst_gradients
-from tasks.engine.head import layers_of, unwrap
 from tasks.engine.history import History
-from tasks.engine.plan import Plan, Shown, feed, graphs_for, loss_sums, quicken, training_arguments, validation_losses
+from tasks.engine.plan import Plan, feed, graphs_for, loss_sums, quicken, training_arguments, validation_losses
 from tasks.engine.reporter import Reporter
+from tasks.engine.resumable import Resumable
 from tasks.engine.scaling import LossScale
+from tasks.engine.shown import ShowWeights
 
 ROWS_NAMED = 32
 
@@ -80,17 +80,15 @@ def _attempt(plan: Plan, found: Path | None, scale: float) -> tuple[PreTrainedMo
     return trained, trainer.history
 
 
-class GuardedTrainer(Trainer):
+class GuardedTrainer(Resumable):
     """transformers' Trainer over a fixed order of rows, with checkpoints of our own and a check of every step."""
 
     def __init__(self, plan: Plan, scale: float) -> None:
         model = plan.build()
         config, device = plan.config, model.device.type
-        self.is_split = plan.strategy == "fsdp2" and processes.count() > 1
-        if self.is_split:
-            if config.optimizer != "adamw":
-                raise BadConfig(f"optimizer={config.optimizer} cannot be split: set optimizer=adamw, or strategy=ddp")
-            processes.split_layers(unwrap(model).base_model, layers_of(model))
+        self.is_split = plan.is_split
+        if self.is_split and config.optimizer != "adamw":
+            raise BadConfig(f"optimizer={config.optimizer} cannot be split: set optimizer=adamw, or strategy=ddp")
         self.plan, self.scale = plan, scale
         self.history = History()
         self.rows: list[int] = []  # of the running step
@@ -238,74 +236,3 @@ class GuardedTrainer(Trainer):
         named = ", ".join(map(str, rows[:ROWS_NAMED])) + (" ..." if len(rows) > ROWS_NAMED else "")
         at = f"step {coming.step}: {problem} at learning rate {coming.rate:g}, training rows {named}"
         return f"{at}; {worst_gradients(model) if self.is_split else worst(model, rows, loss_of)}"
-
-    def whole_model(self) -> PreTrainedModel:
-        """A model that is not split, with what was trained in it."""
-        trained = self._trained()
-        self.model = self.model_wrapped = self.optimizer = None  # type: ignore[assignment]
-        self.callback_handler.model = self.callback_handler.optimizer = None
-        gc.collect()
-        model = self.plan.build()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in trained:
-                    parameter.copy_(trained[name])
-        return model
-
-    def _trained(self) -> dict[str, Tensor]:
-        named = cast(nn.Module, self.model).named_parameters()
-        return {name: processes.whole(p.detach()) for name, p in named if p.requires_grad}
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        optimizer, rest = optimizers.flatten(self._plain_optimizer())
-        tensors = {"model": self._trained(), "optimizer": optimizer, "history": self.history.tensors()}
-        generators = processes.all_of(checkpoint.random_state())
-        tensors["random"] = {f"{i}/{name}": t for i, (own, _) in enumerate(generators) for name, t in own.items()}
-        state = {"optimizer": rest, "random": [seeds for _, seeds in generators], "scale": self.scale}
-        state["loss_scale"] = self.loss_scale.state()
-        documents = {"state": state, "trainer_state": dataclasses.asdict(self.state)}
-        if processes.rank() == 0:
-            checkpoint.write(self.plan.checkpoints, self.state.global_step, tensors, documents, self.plan.made_by)
-        processes.wait()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        found, kept = Path(resume_from_checkpoint), dict(cast(nn.Module, self.model).named_parameters())
-        with torch.no_grad():
-            for name, value in checkpoint.read(found, "model").items():
-                kept[name].copy_(processes.part_like(value, kept[name]))
-        self.history.restore(checkpoint.read(found, "history"))
-        self.loss_scale.restore(checkpoint.read_state(found)["loss_scale"])
-
-    def _load_optimizer_and_scheduler(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is None:
-            return
-        found, optimizer, scheduler = Path(checkpoint_dir), self._plain_optimizer(), cast(Any, self.lr_scheduler)
-        optimizers.restore(optimizer, checkpoint.read(found, "optimizer"), checkpoint.read_state(found)["optimizer"])
-        optimizers.go_on(optimizer, scheduler, self.state.global_step)
-
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))  # below accelerate's
-
-    def _load_rng_state(self, checkpoint_dir: str | None) -> None:
-        if checkpoint_dir is None:
-            return
-        found, own = Path(checkpoint_dir), f"{processes.rank()}/"
-        seeds, tensors = checkpoint.read_state(found)["random"], checkpoint.read(found, "random")
-        if processes.rank() < len(seeds):  # a process that was not there before goes on with its own seed
-            mine = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
-            checkpoint.restore_random_state(mine, seeds[processes.rank()])
-
-
-class ShowWeights(TrainerCallback):
-    """Other weights in place from a step's first forward to its last backward; the optimizer moves the trained ones."""
-
-    def __init__(self, shown: Shown) -> None:
-        self.shown = shown
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Before the step's first micro-batch."""
-        self.shown.show(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """After its gradients."""
-        self.shown.restore()

@@ -63,6 +63,7 @@ MADE_WITH = [
     Case("1B", "qlora", 4, 512, False),
     Case("1B", "qlora", 2, 2048, False, {"use_dora": True}),
     Case("1B", "full", 4, 1024, True),
+    Case("1B", "full", 4, 1024, False),
     Case("1B", "full", 4, 1024, False, {"optimizer": "adamw_8bit"}),
     Case("4B", "lora", 4, 1024, True),
     Case("4B", "lora", 2, 1024, False),

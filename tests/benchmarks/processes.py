@@ -3,9 +3,11 @@
     python -m tests.benchmarks.processes checkpoint DIR          random weights, once
     python -m tests.benchmarks.processes run DIR [ddp|fsdp2] [lora|full] [--rows 32] [--micro 8] [--compile on]
     python -m tasks.core.launch 2 tests.benchmarks.processes run DIR ddp lora --rows 64
+    python -m tests.benchmarks.processes table DIR [--only NAME ...]        those of RUNS, and a table of them
 
-`--rows` are a step's over all processes. Speed is the median step after five, of 24, each from synchronize to
-synchronize; rows of 1024 tokens, every token but the first with a label.
+`--rows` are a step's over all processes. Speed is the median step after five, of 16, each from synchronize to
+synchronize; rows of 1024 tokens, every token but the first with a label. In the table the runs warm up side by side and
+take their other steps one run after another (turns.py).
 """
 
 import argparse
@@ -19,12 +21,26 @@ from typing import Any
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tests.benchmarks.turns import end_turn, take_turns, wait_for_turn
+
+WARM_UP = 5
+# name: processes, and what `run` is asked
+RUNS = {
+    "1 GPU": (1, "ddp lora --rows 32 --compile on"),
+    "2 GPUs, ddp": (2, "ddp lora --rows 64 --compile on"),
+    "2 GPUs, fsdp2": (2, "fsdp2 lora --rows 64 --compile on"),
+    "1 GPU, 32 at once": (1, "ddp lora --rows 32 --micro 32 --compile on"),
+    "2 GPUs, fsdp2, 32 at once": (2, "fsdp2 lora --rows 64 --micro 32 --compile on"),
+    "1 GPU, all weights": (1, "ddp full --rows 32 --compile on"),
+    "2 GPUs, all weights, ddp": (2, "ddp full --rows 64 --compile on"),
+    "2 GPUs, all weights, fsdp2": (2, "fsdp2 full --rows 64 --compile on"),
+}
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("act", choices=["checkpoint", "run"])
+    parser.add_argument("act", choices=["checkpoint", "run", "table"])
     parser.add_argument("directory", type=Path)
     parser.add_argument("strategy", nargs="?", default="ddp", choices=["ddp", "fsdp2"])
     parser.add_argument("method", nargs="?", default="lora", choices=["lora", "full"])
@@ -35,8 +51,13 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--compile", default="off")
     parser.add_argument("--pico", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--name", help="of this run in a table")
+    parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--patience", type=float, default=150)
     arguments = parser.parse_args()
+    if arguments.act == "table":
+        table(arguments.directory, arguments.only, arguments.patience, arguments.pico)
+        return
     local = os.environ.get("LOCAL_RANK")
     if local is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = local  # as tasks.core.command does
@@ -66,6 +87,7 @@ def main() -> None:
         plan = Plan(
             lambda: trainable_model(config, arguments.method, base, device), rows, [], loss, config, Job(Path(work)),
             "benchmark", rung=0, strategy=arguments.strategy,
+            before_step=lambda _, step: warm(arguments.directory, arguments.name, step) if arguments.name else None,
         )  # fmt: skip
         start = time.time()
         trainer = Unsaved(plan, 1.0)
@@ -76,15 +98,52 @@ def main() -> None:
             "strategy": arguments.strategy if processes.count() > 1 else "-",
             "method": arguments.method,
             "rows": arguments.rows,
+            "at_once": arguments.micro,
             "losses": [round(loss, 5) for loss in trainer.history.steps["loss"]],
             "seconds": round(time.time() - start, 1),
             **{name: float(f"{value:.5g}") for name, value in trainer.reporter.finish().items()},
         }
         print(json.dumps(told), flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(told))
+        if arguments.name:
+            (arguments.directory / f"{arguments.name}.json").write_text(json.dumps(told))
+            end_turn(arguments.directory, arguments.name)
     sys.stdout.flush()
     processes.leave()
+
+
+def warm(directory: Path, name: str, step: int) -> None:
+    """Before the first timed step: until it is this run's turn, in all of its processes."""
+    from tasks.engine import processes
+
+    if step == WARM_UP:
+        processes.wait()
+        wait_for_turn(directory, name)
+
+
+def table(directory: Path, names: list[str], patience: float, pico: bool) -> None:
+    """The runs of `names`, and their speed beside the first of their method with as many rows at once."""
+
+    def command(name: str) -> list[str]:
+        count, asked = RUNS[name]
+        start = ["tests.benchmarks.processes"] if count == 1 else ["tasks.core.launch", str(count)]
+        rest = ["tests.benchmarks.processes"] if count > 1 else []
+        strategy, method, *more = asked.split()
+        small = ["--pico", "--length", "64"] * pico
+        where = ["run", str(directory), strategy, method, "--name", name, *small]
+        return [sys.executable, "-m", *start, *rest, *where, *more]
+
+    take_turns(directory, names, command, patience, stop=False)
+    alone: dict[tuple[str, int], float] = {}
+    print("| | rows/s | tokens/s | peak GiB a card | times one GPU | last loss |\n|---|---|---|---|---|---|")
+    for name in names:
+        if not (directory / f"{name}.json").exists():
+            print(f"{name} failed:\n{(directory / f'{name}.log').read_text()[-1500:]}")
+            continue
+        told = json.loads((directory / f"{name}.json").read_text())
+        speed, tokens = told["rows_per_second"], told["tokens_per_second"]
+        times = speed / alone.setdefault((told["method"], told["at_once"]), speed)
+        peak = told.get("peak_gib", 0)
+        print(f"| {name} | {speed:.1f} | {tokens:,.0f} | {peak:.1f} | {times:.2f} | {told['losses'][-1]} |")
 
 
 def rows_of(count: int, length: int, vocabulary: int) -> list[Any]:

@@ -56,6 +56,7 @@ RUNS: dict[str, Any] = {
     "ours bf16 4b": ("ours", "4b", "long", "lora", True),
     "ours bf16 4b fast": ("ours", "4b", "long", "lora", False),
     "ours nf4 4b": ("ours", "4b", "long", "qlora", True),
+    "ours fp8 4b": ("ours", "4b", "long", "lora", True, {"fp8": True}),
     "ours fp8 4b fast": ("ours", "4b", "long", "lora", False, {"fp8": True}),
     "unsloth bf16 4b": ("unsloth", "4b", "long", "lora", True),
     "unsloth nf4 4b": ("unsloth", "4b", "long", "qlora", True),
@@ -219,7 +220,7 @@ def flops_per_token(shape: str, recompute: bool) -> float:
     return 4 * body + 6 * adapters + 4 * h * s["vocab_size"] + recompute * 2 * (body + adapters)
 
 
-def table(work: Path, only: list[str], at_once: int) -> None:
+def table(work: Path, only: list[str], at_once: int, patience: float) -> None:
     """Runs the contestants and prints what they did; those of one shape warm up together."""
     work.mkdir(parents=True, exist_ok=True)
     names = only or [name for name in RUNS if "pico" not in name]
@@ -228,7 +229,7 @@ def table(work: Path, only: list[str], at_once: int) -> None:
     for start in range(0, len(names), at_once):
         group = names[start : start + at_once]
         command = [sys.executable, "-m", "tests.benchmarks.sft", "run", str(work)]
-        take_turns(work, group, lambda name: [*command, name], patience=150)  # noqa: B023
+        take_turns(work, group, lambda name: [*command, name], patience)  # noqa: B023
     show(work, names)
 
 
@@ -285,7 +286,8 @@ def main() -> None:
     every = commands.add_parser("table")
     every.add_argument("work", type=Path)
     every.add_argument("--only", nargs="*", default=[])
-    every.add_argument("--at-once", type=int, default=8)
+    every.add_argument("--at-once", type=int, default=8, help="as many as fit the card together")
+    every.add_argument("--patience", type=float, default=150, help="seconds to warm up in")
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(arguments.work, arguments.name)
@@ -293,7 +295,7 @@ def main() -> None:
         for rows in arguments.rows:
             prepare(arguments.work, arguments.shape, rows)
     else:
-        table(arguments.work, arguments.only, arguments.at_once)
+        table(arguments.work, arguments.only, arguments.at_once, arguments.patience)
 
 
 if __name__ == "__main__":

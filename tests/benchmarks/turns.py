@@ -26,8 +26,14 @@ def end_turn(directory: Path, name: str) -> None:
     (directory / f"{name}.done").touch()
 
 
-def take_turns(directory: Path, names: list[str], command: Callable[[str], list[str]], patience: float) -> None:
-    """Runs the contestants to their ends, their output in `NAME.log`; who is not ready after `patience` s is ended."""
+def take_turns(
+    directory: Path, names: list[str], command: Callable[[str], list[str]], patience: float, stop: bool = True
+) -> None:
+    """Runs the contestants to their ends, their output in `NAME.log`; who is not ready after `patience` s is ended.
+
+    Without `stop` those who wait only sleep: processes of torchrun's are in sessions of their own.
+    """
+    halt = signal.SIGSTOP if stop else signal.SIGCONT
     children = {}
     for name in names:
         for mark in ("ready", "turn", "done"):
@@ -47,16 +53,20 @@ def take_turns(directory: Path, names: list[str], command: Callable[[str], list[
 
     ready = [name for name in names if wait(name, "ready", deadline)]
     for name in ready:
-        _signal(children[name], signal.SIGSTOP)
+        _signal(children[name], halt)
     for name in ready:
         (directory / f"{name}.turn").touch()
         _signal(children[name], signal.SIGCONT)
         wait(name, "done", time.monotonic() + 60)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            children[name].wait(timeout=LAST_WORDS)
-        _signal(children[name], signal.SIGSTOP)
+            children[name].wait(timeout=LAST_WORDS if stop else 20 * LAST_WORDS)
+        _signal(children[name], halt)
     for child in children.values():
         _signal(child, signal.SIGCONT)
+    for child in children.values():  # all have told what they had to tell: some peers never end by themselves
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=5 * LAST_WORDS)
+        _signal(child, signal.SIGKILL)
         child.wait()
 
 

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM
 
 from tasks.engine import offload
-from tasks.engine.compiled import run_layers
+from tasks.engine.compiled import run_layers, saved
 from tasks.engine.fused_layers import fuse_adapters
+from tasks.engine.memory.__main__ import shape
 from tests.engine.test_fused import adapted, outcome
 
 
@@ -24,6 +26,30 @@ def test_layers_that_keep_activations_away_have_the_same_gradients(monkeypatch, 
         for name, value in gradients.items():
             torch.testing.assert_close(value, want[1][name], rtol=1e-6, atol=1e-9, msg=name)
     assert {layer for layer, _ in made} == {0}  # of two layers the last keeps its own
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_layers_that_recompute_uncompiled_have_the_same_gradients(fp8):
+    model = adapted("gemma3").float()
+    fuse_adapters(model, keep=False, fp8=fp8)
+    want = outcome(model)
+    run_layers(model, recompute=True, compiled=False, warn=pytest.fail)
+    loss, gradients = outcome(model)
+    torch.testing.assert_close(loss, want[0], rtol=1e-6, atol=0)
+    for name, value in gradients.items():
+        torch.testing.assert_close(value, want[1][name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "recompute", "milliseconds"),
+    [("270M", 1024, False, 6.4), ("270M", 8192, False, 27.1), ("1B", 1024, False, 11.1), ("1B", 8192, False, 53.3),
+     ("1B", 8192, True, 90.3), ("4B", 1024, True, 41.3), ("4B", 4096, True, 144.6)],
+)  # fmt: skip
+def test_what_compiling_is_said_to_save_is_near_what_it_saved(size, tokens, recompute, milliseconds):
+    """`python -m tests.benchmarks.compiling` on an H200."""
+    with torch.device("meta"):
+        model = Gemma3ForCausalLM(shape(size))
+    assert 0.6 * milliseconds < 1e3 * saved(model, tokens, recompute) < 1.1 * milliseconds
 
 
 def _counting(plain, made):

@@ -16,8 +16,9 @@ from transformers import (
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
 from tasks.engine.compiled import run_layers
+from tasks.engine.fused_group import LoraGroup, refresh
 from tasks.engine.fused_layers import FusedAttention, FusedMLP, fuse_adapters
-from tasks.engine.fused_lora import LoraGroup, lora_linear, refresh
+from tasks.engine.fused_lora import lora_linear
 from tasks.engine.fused_nf4 import read_nf4
 from tasks.engine.packing import make_packable
 from tasks.engine.trainable import trainable_model
@@ -133,6 +134,21 @@ def test_gradients_of_the_product_itself_in_float64(rows):
     assert torch.autograd.gradcheck(product, (x, *adapters))
     refreshed = (group.extended, [], group.low_a, group.low_b, a, b, sizes, group.scales)
     torch.library.opcheck(lora_linear, (x, *refreshed), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("rank", [3, 4, 8])
+def test_what_is_given_on_begins_its_rows_at_16_bytes(rank):
+    """Attention's kernels read gradients so: torch's cuDNN path died of rows of 68 values."""
+    model = get_peft_model(MODELS["llama"](), LoraConfig(r=rank, target_modules="all-linear")).bfloat16().train()
+    fuse_adapters(model)
+    attention, mlp = (getattr(model.base_model.model.model.layers[0], name) for name in ("self_attn", "mlp"))
+    for module, width in ((attention.write, 32), (mlp, 32)):
+        x = torch.randn(1, 17, width, dtype=torch.bfloat16, requires_grad=True)
+        y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        for given in (y, grad):
+            assert given.stride(-1) == 1 and given.stride(-2) % 8 == 0, given.stride()
 
 
 def test_nf4_weights_are_read_as_bitsandbytes_reads_them():

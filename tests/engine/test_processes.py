@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -19,7 +16,7 @@ from tasks.engine.trainer import train
 from tasks.teacher import FineTuneConfig
 from tests.engine.rows import example_dataset
 from tests.engine.test_trainer import assert_equal, plan, sigterm, weights  # noqa: F401
-from tests.engine.two import METHODS, SETTINGS
+from tests.engine.two import RUNS, SETTINGS
 from tests.pico import pico_model
 
 CLOSE = dict(rtol=2e-3, atol=2e-5)  # sums over rows in another order
@@ -38,36 +35,32 @@ def ran(tmp_path_factory):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    for strategy, method in METHODS.items():
-        whole[strategy] = train(plan(base, rows, work / f"{strategy}-alone", method=method, **SETTINGS))
+    for run, (_, method) in RUNS.items():
+        whole[run] = train(plan(base, rows, work / f"{run}-alone", method=method, **SETTINGS))
         with pytest.raises(Preempted):
-            train(plan(base, rows, work / f"{strategy}-one", method=method, at_micro_batch=stop, **SETTINGS))
+            train(plan(base, rows, work / f"{run}-one", method=method, at_micro_batch=stop, **SETTINGS))
     signal.signal(signal.SIGTERM, before)
-    command = [sys.executable, "-m", "tasks.core.launch", "2", "tests.engine.two", base.base, dataset, work]
-    done = subprocess.run(
-        [str(part) for part in command], cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [str(base.base), str(dataset), str(work)]
+    child.run_command("tests.engine.two", arguments, work / "two", print, 200, 300, warm=True)
     return base, rows, work, whole
 
 
-@pytest.mark.parametrize("strategy", METHODS)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("kind", ["", "-resumed"])
-def test_two_processes_take_the_steps_of_one(ran, strategy, kind):
+def test_two_processes_take_the_steps_of_one(ran, run, kind):
     _, _, work, whole = ran
-    model, history = whole[strategy]
-    theirs = json.loads((work / f"{strategy}{kind}.json").read_text())
+    model, history = whole[run]
+    theirs = json.loads((work / f"{run}{kind}.json").read_text())
     assert theirs["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
     assert theirs["grad_norm"] == pytest.approx(history.steps["grad_norm"], rel=1e-3)
-    assert_equal(load_file(work / f"{strategy}{kind}.safetensors"), weights(model), **CLOSE)
+    assert_equal(load_file(work / f"{run}{kind}.safetensors"), weights(model), **CLOSE)
 
 
-@pytest.mark.parametrize("strategy", METHODS)
-def test_one_process_goes_on_from_the_checkpoint_of_two(ran, strategy):
+@pytest.mark.parametrize("run", RUNS)
+def test_one_process_goes_on_from_the_checkpoint_of_two(ran, run):
     base, rows, work, whole = ran
-    model, history = whole[strategy]
-    stopped = plan(base, rows, work / f"{strategy}-stopped", method=METHODS[strategy], **SETTINGS)
+    model, history = whole[run]
+    stopped = plan(base, rows, work / f"{run}-stopped", method=RUNS[run][1], **SETTINGS)
     assert sorted(path.name for path in stopped.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     resumed, later = train(stopped)
     assert later.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)

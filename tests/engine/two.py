@@ -1,14 +1,16 @@
-"""What the tests of several processes run in each of them.
+"""What the tests of several processes run in each of them: this process forks the two, and dies as they do.
 
-python -m tasks.core.launch 2 tests.engine.two BASE DATASET WORK
+python -m tests.engine.two BASE DATASET WORK
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from tasks.core.errors import Preempted
@@ -20,8 +22,8 @@ from tasks.engine.trainer import train
 from tests.engine.test_trainer import plan, weights
 
 # A row whose micro-batches differ in size: 6 rows a process in micro-batches of 3, of different lengths.
-SETTINGS = dict(dropout=0, batch_size=12, micro_batch_size=3, max_steps=8, scheduler="constant")
-METHODS = {"ddp": "lora", "fsdp2": "full"}
+SETTINGS = dict(dropout=0, batch_size=12, micro_batch_size=3, max_steps=4, scheduler="constant")
+RUNS = {"ddp": ("ddp", "lora"), "fsdp2-full": ("fsdp2", "full"), "fsdp2-lora": ("fsdp2", "lora")}
 
 
 def main(base: ModelDir, dataset: Path, work: Path) -> None:
@@ -33,19 +35,21 @@ def main(base: ModelDir, dataset: Path, work: Path) -> None:
         if call == 5 and processes.rank() == 0:  # two micro-batches a step: in step 3
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def made(name: str, strategy: str, at_micro_batch=None):
-        found = plan(base, rows, work / name, method=METHODS[strategy], at_micro_batch=at_micro_batch, **SETTINGS)
+    def made(run: str, kind: str, at_micro_batch=None):
+        strategy, method = RUNS[run]
+        found = plan(base, rows, work / f"{run}-{kind}", method=method, at_micro_batch=at_micro_batch, **SETTINGS)
         found.strategy = strategy
         return found
 
-    for strategy in METHODS:
-        _tell(work / f"{strategy}.json", *train(made(f"{strategy}-whole", strategy)))
-        stopped = made(f"{strategy}-stopped", strategy, stop)
+    unit = processes.UNIT
+    for run in RUNS:
+        processes.UNIT = 1 if run == "fsdp2-full" else unit  # each layer by itself, and all together
+        _tell(work / f"{run}.json", *train(made(run, "whole")))
         try:
-            train(stopped)
+            train(made(run, "stopped", stop))
         except Preempted:
             processes.wait()
-        _tell(work / f"{strategy}-resumed.json", *train(made(f"{strategy}-one", strategy)))
+        _tell(work / f"{run}-resumed.json", *train(made(run, "one")))
     processes.leave()
 
 
@@ -55,5 +59,24 @@ def _tell(path: Path, model, history) -> None:
         save_file(weights(model), path.with_suffix(".safetensors"))
 
 
+def fork(count: int) -> int:
+    """This process `count` times, with the environment that torchrun would give each; its parent's exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            torch.set_num_threads(1)
+            os.environ.update(where, RANK=str(rank), LOCAL_RANK=str(rank))
+            return -1
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
 if __name__ == "__main__":
+    told = fork(2)
+    if told >= 0:
+        sys.exit(told)
     main(ModelDir(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -1,14 +1,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tasks.core.child import NURSERY
 from tasks.core.command import Report
 from tasks.core.errors import BadConfig, BadData
 from tasks.core.job import Job
@@ -90,14 +89,15 @@ def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_adapter(base,
     config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
     out, work = tmp_path / "killed" / "out", tmp_path / "killed" / "work"
     arguments = [config, "--base", base.base, "--dataset", dataset, "--out", out, "--work", work]
-    command = [sys.executable, "-m", "tasks.teacher.run", *map(str, arguments)]
-    child = subprocess.Popen(command, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = NURSERY.start("tasks.teacher.run", [*map(str, arguments)], tmp_path / "log.txt", dict(os.environ))
     deadline = time.monotonic() + 120
     while not list(work.glob("checkpoints/checkpoint-*/manifest.json")):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    os.kill(child.pid, signal.SIGKILL)
+    while child.poll() is None:
+        time.sleep(0.01)
+    assert child.returncode == -signal.SIGKILL
     assert not (out / "report.json").exists() and not (out / "adapter_model.safetensors").exists()
     out.rename(tmp_path / "killed" / "left")
     report = run(base, dataset, tmp_path / "killed", **settings)

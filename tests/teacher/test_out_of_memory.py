@@ -44,7 +44,7 @@ def descended(base, tmp_path: Path, monkeypatch, cap: int, **settings):
 
         def start(rungs: int) -> None:
             arguments_now = [*arguments, "--work", str(work), "--rung", str(rungs)]
-            child.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200)
+            child.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200, warm=True)
 
         try:
             descend(start, tmp_path / "rung", run, said.append)

@@ -18,9 +18,9 @@ from tasks.engine.trainable import Method
 GIB = 2**30
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes an element: a code, its block's scale in 8 bits, that one's scale in 32
 OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0.0}  # bytes a trained element; paged: host
-DORA = {"qlora": 7.1, "lora": 3.1}  # bytes an element of an adapted matrix's output, fitted to one run each
+DORA = {"qlora": 7.0, "lora": 3.0}  # bytes an element of an adapted matrix's output, fitted to one run each
 AWAY_LAYERS = 4  # whose activations are on their way to the host or back, or stay
-CHUNK = 4096  # tokens that the MLP as one operation works on at a time (tasks.engine.fused_mlp)
+CHUNK = 4096  # tokens that the MLP as one operation works on at a time (tasks.engine.fused_mlp_dense)
 CONTEXT_GIB = 0.6  # CUDA's context and libraries' workspaces, beside what torch allocates
 SPARE = 0.04  # of the card, for what lies between blocks
 
@@ -112,6 +112,9 @@ def _adapters(shapes: Shapes, load: Load, half: int) -> Parts:
     dense = (
         packed * half * (1.6 * 3 * shapes.ffn * shapes.hidden if load.gated and shapes.gated else 2 * shapes.largest)
     )
+    if load.dora:  # for a matrix's norms peft multiplies its adapter by the identity, and adds it to the weight
+        widest = shapes.ffn if shapes.gated else shapes.hidden
+        dense += (4 + half) * widest**2 + 2 * half * shapes.largest
     copies = half * shapes.trained * (1.0 if packed else 2.0) if load.gated else 0.0  # once more in dense weights
     working = max(working + dense, _logits(shapes, load, half))
     size = 4.0 * shapes.trained
