@@ -276,13 +276,15 @@ def test_what_cannot_be_evaluated_says_why(pico: Pico, tmp_path: Path) -> None:
         run(pico._replace(dataset=tmp_path), tmp_path / "empty")
 
 
-def test_the_command_is_quiet(pico: Pico, tmp_path: Path) -> None:
+def test_the_command_says_one_line_and_llama_cpp_none(pico: Pico, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text('{"limit_rows": 2, "max_new_tokens": 3}')
     arguments = ["--model", pico.model, "--dataset", pico.dataset, "--gguf", pico.gguf, "--out", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-m", "tasks.evaluate.run", config, *map(str, arguments)], capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    [said] = done.stderr.splitlines()
+    assert said.startswith(f"{tmp_path / 'out'}; json_valid ") and said.endswith("; rows 2")
     assert "model" in (tmp_path / "out.work/llama.log").read_text()
     assert json.loads((tmp_path / "out/report.json").read_text())["facts"]["rows"] == 2
