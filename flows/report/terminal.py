@@ -8,10 +8,10 @@ from prefect.settings import get_current_settings
 from rich.console import Console
 from rich.table import Table
 
+from flows.report.page import TITLES
+
 RATES = ["json_valid", "intent_accuracy", "exact_match", "out_of_scope_recall"]
-TITLES = {"json_valid": "JSON valid", "intent_accuracy": "intent", "exact_match": "exact match",
-          "out_of_scope_recall": "out-of-scope recall", "token_f1": "token F1", "rouge_l": "ROUGE-L",
-          "metric": "own metric"}  # fmt: skip
+SHOWN = [*RATES, "token_f1", "rouge_l", "metric"]
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def show(summary: dict[str, Any]) -> None:
 def cells(summary: Mapping[str, Any]) -> list[list[str]]:
     """The table of models as text: its head, and a row a model with the scores that any of them has."""
     known = set().union(*summary["evaluations"].values())
-    scores = {name: title for name, title in TITLES.items() if name in known}
+    scores = {name: TITLES[name] for name in SHOWN if name in known}
     table = [["model", "format", "MB", *scores.values(), "tokens/s"]]
     for row in summary["models"]:
         facts = summary["evaluations"][row["name"]]

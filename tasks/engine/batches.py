@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tasks.core.errors import BadData
 from tasks.core.rows import read_rows
 from tasks.engine.chat import IGNORE, Example, encode, turn_end
+from tasks.engine.products import Fresh
 
 
 class Batch(TypedDict):
@@ -37,7 +38,7 @@ class Batch(TypedDict):
     position_ids: Tensor | None
     cu_seqlens: Tensor | None
     longest: int
-    head_grad: NotRequired[Tensor]
+    head_grad: NotRequired[Tensor | Fresh]
     head_weight: NotRequired[Tensor]
     stack: NotRequired[Callable[["Batch", Tensor], Tensor]]
 

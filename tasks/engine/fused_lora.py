@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tasks.engine.fused_nf4 import PARTS, read_nf4
+from tasks.engine.products import add_product
 
 ALIGNED = 8  # elements of half precision: 16 bytes
 
@@ -160,16 +161,6 @@ def room(x: Tensor, columns: int) -> Tensor:
 def alone(part: Tensor) -> Tensor:
     """A view as a tensor of its own: autograd lets nobody change a view in place that an operation gave out."""
     return part.new_empty(0).set_(part.untyped_storage(), part.storage_offset(), part.shape, part.stride())
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """total += scale * a @ b, in the dtype of `total`: float32 sums of half-precision products where torch has them."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=scale)
-    elif a.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, a, b, alpha=scale, out_dtype=torch.float32, out=total)
-    else:
-        total += scale * (a @ b)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

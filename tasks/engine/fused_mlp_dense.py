@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.engine.fused_lora import add_product, alone, extended_weight, room
+from tasks.engine.fused_lora import alone, extended_weight, room
+from tasks.engine.products import add_product
 
 CHUNK = 4096
 

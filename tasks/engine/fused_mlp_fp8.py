@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tasks.engine import fused_fp8
-from tasks.engine.fused_lora import add_product, alone
+from tasks.engine.fused_lora import alone
 from tasks.engine.fused_mlp_dense import Lows, add_sides, gate_backward
+from tasks.engine.products import add_product
 
 
 def forward(

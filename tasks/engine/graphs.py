@@ -25,7 +25,7 @@ from tasks.engine.batches import Batch
 from tasks.engine.chat import IGNORE
 from tasks.engine.feed import Feed
 from tasks.engine.head import unwrap
-from tasks.engine.losses import Fresh
+from tasks.engine.products import Fresh
 from tasks.engine.stack import Stack
 
 LABELS = 32  # a number of labels is rounded up to a multiple of this

@@ -3,7 +3,7 @@
 Shapes: N labelled positions, H student width, G teacher width, V student vocabulary, W teacher vocabulary.
 """
 
-from tasks.engine.losses.chunked import Fresh, cross_entropy, distillation
+from tasks.engine.losses.chunked import cross_entropy, distillation
 from tasks.engine.losses.mix import Divergence, Head, Losses, Mix, TopK
 
-__all__ = ["Divergence", "Fresh", "Head", "Losses", "Mix", "TopK", "cross_entropy", "distillation"]
+__all__ = ["Divergence", "Head", "Losses", "Mix", "TopK", "cross_entropy", "distillation"]

@@ -12,19 +12,11 @@ from torch import Tensor
 
 from tasks.engine.losses.divergence import chunk_losses
 from tasks.engine.losses.mix import Head, Losses, Mix, TopK
-from tasks.engine.losses.products import add_product
+from tasks.engine.products import Fresh, add_product
 
 IGNORE = -100
 TILE = 128  # a matrix product's rows are worked on in tiles of this many
 TOGETHER = 512  # rows whose logits the teacher makes at once: enough for a product to run at its full rate
-
-
-class Fresh:
-    """Where the head's gradient goes when nothing there counts any more: the first product writes it. `taken` says
-    that one did."""
-
-    def __init__(self, total: Tensor) -> None:
-        self.total, self.taken = total, False
 
 
 class Spec(NamedTuple):
@@ -117,7 +109,7 @@ class _Chunked(torch.autograd.Function):
             grad = work.gradient(hidden[rows], rows, counts[rows], numbers)
             torch.mm(grad, cast_weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                add_product(grad_weight, grad, hidden[rows], fresh is not None and start == 0)
+                add_product(grad_weight, grad.T, hidden[rows], fresh=fresh is not None and start == 0)
         if fresh:
             fresh.taken = len(hidden) > 0
         sums = torch.where(counts != 0, numbers * counts, 0).sum(1)

@@ -23,7 +23,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma
 
 from tasks.engine.batches import Batch
 from tasks.engine.head import layers_of, unwrap
-from tasks.engine.losses.products import add_product
+from tasks.engine.products import add_product
 from tasks.engine.stack import plain
 from tasks.engine.stack.shapes import Attention, Rows
 
@@ -166,33 +166,33 @@ class _Layers(torch.autograd.Function):
             share = sums.norm(into, added["last"])
             dx, ddown, normed = ops.add_norm_backward(dx, dn, middle, down, norms["last"], weight, eps, share, True)
             if waiting:
-                add_product(*waiting, normed, fresh)
+                add_product(*waiting, normed, fresh=fresh)
             gate_up, gated = ops.gated_backward(gate_up, ddown @ layer.down)
-            add_product(added["down"], ddown, gated, fresh)
+            add_product(added["down"], ddown.T, gated, fresh=fresh)
             del gated, ddown, normed
             dn = gate_up @ layer.gate_up
             share = sums.norm(added["second"], added["after"])
             dx, dattended, normed = ops.add_norm_backward(
                 dx, dn, middle, attended, norms["after"], norms["second"], eps, share, False
             )
-            add_product(added["gate_up"], gate_up, normed, fresh)
+            add_product(added["gate_up"], gate_up.T, normed, fresh=fresh)
             del gate_up, normed
             do = dattended @ layer.out
             if last:
-                add_product(added["out"], dattended, out.index_select(0, positions), fresh)
+                add_product(added["out"], dattended.T, out.index_select(0, positions), fresh=fresh)
                 dx, do = (_spread(part, positions, len(out)) for part in (dx, do))
             else:
-                add_product(added["out"], dattended, out, fresh)
+                add_product(added["out"], dattended.T, out, fresh=fresh)
             q, k = ops.rotate(qkv, norms["q"], norms["k"], rows, layer.kind)
             dq, dk = ops.attend_backward(do, q, k, _values(qkv, layer.kind), out, known, rows, layer.kind)
             del q, k, do, out
             ops.rotate_backward(dq, dk, qkv, norms["q"], norms["k"], rows, layer.kind, sums.heads(layer))
             dn = qkv @ layer.qkv
-            waiting = added["qkv"], qkv
+            waiting = added["qkv"], qkv.T
             weight, into = norms["first"], added["first"]
         dx, _, normed = ops.add_norm_backward(dx, dn, kept[0], None, None, weight, eps, sums.norm(into), False)
         assert waiting is not None
-        add_product(*waiting, normed, fresh)
+        add_product(*waiting, normed, fresh=fresh)
         sums.add(fresh)
         return dx, None, None, None, None
 
