@@ -7,6 +7,12 @@ from pydantic import AfterValidator, Field
 
 from tasks.core.config import StageConfig
 
+# How a run is worked off, not what it makes: a checkpoint serves whatever these are.
+HOW = {
+    "processes", "strategy", "micro_batch_size", "gradient_checkpointing", "compile", "cuda_graphs", "loss_chunk_mib",
+    "memory_gib", "save_every_steps", "save_every_seconds",
+}  # fmt: skip
+
 
 def _regex(text: str) -> str:
     try:
@@ -55,7 +61,7 @@ class TrainingConfig(StageConfig):
     """Longest row in tokens; longer ones are left out with a warning."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """Replay each micro-batch's forward and backward as one CUDA graph, where the run allows it (packed rows, bfloat16,
-    no dropout, no recompute)."""
+    no dropout, `adamw`)."""
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What matrices are multiplied in (auto: bfloat16 on a CUDA device that has it, float16 on one that has not,
     float32 on the CPU). Trained weights, and with float16 norms and residual stream too, stay float32."""

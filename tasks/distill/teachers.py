@@ -12,8 +12,9 @@ from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill.states import TEMPERATURES, StatesConfig
+from tasks.distill.states.remember import Ask, remember_rows, what_to_keep
 from tasks.distill.states.store import States, row_key, teacher_key
-from tasks.distill.states.teacher import Ask, load_teacher, remember_rows, what_to_keep
+from tasks.distill.states.teacher import load_teacher
 from tasks.engine.batches import Batch
 from tasks.engine.chat import Example
 from tasks.engine.head import head_of, hidden_states

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import BadConfig
+from tasks.engine.adapter_tensors import base_name, check_mergeable, is_copy, why_unmatched
 from tasks.engine.packed import Packed
 from tasks.engine.stored import Stored, stored_tensors
 
@@ -23,29 +24,6 @@ Patch = Callable[[Tensor, int, int], Tensor]
 
 PREFIX = "base_model.model."
 PARTS = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$")
-# Options whose adapters mean more than W + s B A, or whose base is not the model they started from.
-UNMERGEABLE = (
-    "fan_in_fan_out",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
-RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# A module's path in transformers 5 and the same in older multimodal checkpoints.
-SPELLINGS = (
-    ("model.language_model.", "language_model.model."),
-    ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-)
 
 
 class Adapter(NamedTuple):
@@ -61,7 +39,7 @@ class Adapter(NamedTuple):
     def read(cls, directory: Path, base: Mapping[str, Stored | Packed]) -> "Adapter":
         """Raises BadConfig for an unmergeable kind of adapter, or a tensor that fits no tensor of `base`."""
         config = json.loads((directory / "adapter_config.json").read_text())
-        _check_mergeable(directory, config)
+        check_mergeable(directory, config)
         parts: dict[str, dict[str, Stored]] = {}
         replacements: dict[str, Stored] = {}
         paths: dict[str, str] = {}
@@ -70,11 +48,11 @@ class Adapter(NamedTuple):
             path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
             match = PARTS.search(path)
             target = path[: match.start()] + ".weight" if match else path
-            name = _base_name(target, base)
-            if match is None and _is_copy(stored, name, target, tensors, base):
+            name = base_name(target, base)
+            if match is None and is_copy(stored, name, target, tensors, base):
                 continue
             if name is None:
-                raise BadConfig(f"{directory}: {key} {_why_unmatched(target)}")
+                raise BadConfig(f"{directory}: {key} {why_unmatched(target)}")
             if match:
                 parts.setdefault(name, {})[match[1].replace("embedding_", "")] = stored
                 paths[name] = path[: match.start()]
@@ -148,46 +126,3 @@ class Adapter(NamedTuple):
             found = found[::-1] if "transposed" in parts else found
         if found != shape:
             raise BadConfig(f"{directory}: {name} is {list(shape)} in the base and {list(found)} in the adapter")
-
-
-def _base_name(target: str, base: Mapping[str, Stored | Packed]) -> str | None:
-    if target in base:
-        return target
-    for module, checkpoint in SPELLINGS:
-        if target.startswith(module) and checkpoint + target.removeprefix(module) in base:
-            return checkpoint + target.removeprefix(module)
-    return None
-
-
-def _is_copy(
-    stored: Stored, name: str | None, target: str, tensors: dict[str, Stored], base: Mapping[str, Stored | Packed]
-) -> bool:
-    """Whether peft saved a whole tensor that says nothing new: an unchanged embedding, or the head tied to it."""
-    twins: list[Stored | Packed] = [base[name]] if name else []
-    if name is None and target.endswith("lm_head.weight"):
-        twins = [tensors[key] for key in tensors if key.endswith("embed_tokens.weight")]
-        twins = twins or [base[key] for key in base if key.endswith("embed_tokens.weight")]
-    return any(twin.shape == stored.shape and torch.equal(twin.rows(), stored.rows().to(twin.dtype)) for twin in twins)
-
-
-def _why_unmatched(target: str) -> str:
-    if target.endswith("lm_head.weight"):
-        return (
-            "changes lm_head, which this base ties to its embedding: merging would untie them. Leave lm_head out of "
-            "target_modules and modules_to_save"
-        )
-    return "matches no tensor of the base; is this the adapter of another model?"
-
-
-def _check_mergeable(directory: Path, config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise BadConfig(f"{directory}: a {config.get('peft_type')} adapter cannot be merged; LoRA, rsLoRA and DoRA can")
-    for option in UNMERGEABLE:
-        if config.get(option):
-            raise BadConfig(f"{directory}: {option}={config[option]!r} cannot be merged; train the adapter without it")
-    init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(RESIDUAL_INITS):
-        raise BadConfig(
-            f"{directory}: init_lora_weights={init!r} changes the base as it starts, so this base is not the one that "
-            "the adapter was trained on. Save the adapter with peft's path_initial_model_for_weight_conversion"
-        )

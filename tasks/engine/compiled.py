@@ -95,7 +95,12 @@ def _compile_norm(model: nn.Module, backend: str | Callable[..., Any], warn: Cal
 
 def compiling_pays(model: nn.Module, micro_batches: int, tokens: float, recompute: bool) -> bool:
     """Whether a run of so many micro-batches of so many tokens wins back what compiling costs, twice."""
-    return next(model.parameters()).is_cuda and micro_batches * saved(model, tokens, recompute) > 2 * COST
+    return next(model.parameters()).is_cuda and micro_batches > pays_after(model, tokens, recompute)
+
+
+def pays_after(model: nn.Module, tokens: float, recompute: bool) -> float:
+    """Micro-batches of so many tokens that win back twice what compiling costs."""
+    return 2 * COST / saved(model, tokens, recompute)
 
 
 def saved(model: nn.Module, tokens: float, recompute: bool) -> float:

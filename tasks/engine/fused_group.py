@@ -11,7 +11,7 @@ from tasks.engine import fused_fp8
 from tasks.engine.fused_fp8 import fill, quantize_weight
 from tasks.engine.fused_lora import empty_extended, fill_adapters, lora_linear
 from tasks.engine.fused_nf4 import PARTS, nf4_parts
-from tasks.engine.processes import own_rows
+from tasks.engine.split import own_rows
 
 ADAPTER = "default"
 

@@ -24,7 +24,7 @@ from tasks.engine.fused_group import ADAPTER, LoraGroup, refresh
 from tasks.engine.fused_mlp import gated_mlp
 from tasks.engine.fused_nf4 import nf4_parts
 from tasks.engine.head import layers_of, unwrap
-from tasks.engine.processes import split_layers
+from tasks.engine.split import split_layers
 
 FP8_NEAR = 0.15  # of the largest output: each product rounds to 4 bits, a few hundred of them average out
 

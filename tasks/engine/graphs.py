@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tasks.engine import processes
+from tasks.engine import processes, split
 from tasks.engine.batches import Batch
 from tasks.engine.chat import IGNORE
 from tasks.engine.feed import Feed
@@ -69,13 +69,18 @@ class Graphs:
     ) -> None:  # fmt: skip
         self.model, self.objective, self.most = model, objective, most
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained.sort(key=split.is_split)  # whole ones first
+        held = [split.own(p) for p in self.trained]
         starts, size = [], 0
-        for parameter in self.trained:
+        for part in held:
             starts.append(size)
-            size += -(-parameter.numel() // ALIGNED) * ALIGNED
+            size += -(-part.numel() // ALIGNED) * ALIGNED
         self.flat = torch.zeros(size, dtype=torch.float32, device=model.device)
-        self.grads = [self.flat[s : s + p.numel()].view(p.shape) for s, p in zip(starts, self.trained, strict=True)]
-        own = {id(p): grad for p, grad in zip(self.trained, self.grads, strict=True)}
+        views = [self.flat[s : s + part.numel()].view(part.shape) for s, part in zip(starts, held, strict=True)]
+        self.grads = [split.joined_like(view, p) for view, p in zip(views, self.trained, strict=True)]
+        whole = sum(not split.is_split(p) for p in self.trained)
+        self.parts = self.flat[starts[whole] if whole < len(starts) else size :]  # of split parameters' gradients
+        own = {id(p): grad for p, grad in zip(self.trained[:whole], self.grads, strict=False)}
         self.head_grad = own.get(id(cast(Any, unwrap(model)).get_output_embeddings().weight))
         self.look = Look(unwrap(model).get_input_embeddings(), own)
         dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
@@ -94,6 +99,12 @@ class Graphs:
         self.warm: set[tuple[Any, ...]] = set()
         self.captured: dict[tuple[Any, ...], _Captured] = {}
 
+    def close(self) -> None:
+        """Lets go of what was captured: NCCL does not end while a graph holds its work."""
+        for captured in self.captured.values():
+            captured.graph.reset()
+        self.captured.clear()
+
     def begin(self) -> None:
         """Gradients of 0, or such as the first product writes, in place: whoever took them away at the last step's end
         gets the same ones."""
@@ -109,8 +120,12 @@ class Graphs:
     def finish(self, labels: Tensor | int, most: float) -> Tensor:
         """Sums the gradients over all processes, makes them those of the mean over `labels`, and clips them to a norm
         of `most` (0: not at all) in the same pass, which may be the optimizer's; the norm before."""
-        processes.total(self.flat)
-        norm: Tensor = torch.linalg.vector_norm(self.flat) / labels
+        whole = self.flat[: len(self.flat) - len(self.parts)]
+        processes.total(whole)
+        norm: Tensor = torch.linalg.vector_norm(whole)
+        if len(self.parts):  # summed over the processes in the backward
+            norm = (norm.square() + processes.total(torch.linalg.vector_norm(self.parts).square())).sqrt()
+        norm = norm / labels
         self.factor.copy_(((most / (norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(norm)) / labels)
         if not self.leaves_factor:
             self.flat.mul_(self.factor)

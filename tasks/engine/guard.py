@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from tasks.core.errors import Diverged
 from tasks.engine.head import unwrap
+from tasks.engine.split import own
 
 NAMED, ROWS = 3, 64
 LossOfRows = Callable[[Sequence[int]], float]
@@ -48,9 +48,8 @@ def worst_gradients(model: nn.Module) -> str:
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            grad = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             place = layer_of(name)
-            squares[place] = squares.get(place, 0.0) + float(grad.float().square().sum())
+            squares[place] = squares.get(place, 0.0) + float(own(parameter.grad).float().square().sum())
     ordered = sorted(squares.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))[:NAMED]
     return "largest gradients in " + ", ".join(f"{name} ({math.sqrt(value):.3g})" for name, value in ordered)
 

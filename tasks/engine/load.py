@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +23,7 @@ from transformers.utils import logging
 
 from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
+from tasks.engine.attached import attach
 from tasks.engine.float16 import is_refused, keep_range, reading_norms_in_float32
 
 # Gemma 3's own turns for text: it has no system role, so a system message opens the first user turn.
@@ -115,7 +115,7 @@ def load_model(
     `precision` is as in `pick_dtype`; `four_bit` stores the linear layers as NF4 with double quantization, but for the
     head, the towers and what does not survive it; `eight_bit` stores them in bitsandbytes' 8 bits, for inference. A
     checkpoint that is in 4 bits on disk stays as it is.
-    Raises BadConfig for a directory that is no model, Corrupted when a tensor is missing.
+    Raises BadConfig for a directory that is no model or another model's adapter, Corrupted when a tensor is missing.
     """
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # progress is told by `Job`
     device = device or pick_device()
@@ -147,9 +147,10 @@ def load_model(
         _compute_in(loaded, dtype)
     if dtype == torch.float16:
         keep_range(loaded)
+    _cap_scores(loaded)
     if model.adapter is not None:
         _need(model.adapter, "adapter_model.safetensors", "the adapter's weights")
-        loaded = PeftModel.from_pretrained(loaded, model.adapter, torch_device=device, local_files_only=True)
+        loaded = attach(loaded, model, device)
     return cast(PreTrainedModel, loaded.eval())
 
 
@@ -173,6 +174,14 @@ def is_four_bit(config: PretrainedConfig) -> bool:
             f"a checkpoint quantized by {settings.get('quant_method')} cannot be trained: take its original"
         )
     return True
+
+
+def _cap_scores(model: PreTrainedModel) -> None:
+    """Where attention's scores are capped (Gemma 2), transformers' plain attention: the others leave the cap out."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None):
+        parts = [name for name in model.config.sub_configs if getattr(model.config, name) is config]
+        model.set_attn_implementation(dict.fromkeys(parts, "eager") if parts else "eager")
 
 
 def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tasks.engine.processes import part_like, whole
+from tasks.engine.split import part_like, whole
 
 BLOCK = 256  # bitsandbytes' block size of 8-bit states
 CODES = ("qmap1", "qmap2")  # the same table for every parameter: made again, not saved

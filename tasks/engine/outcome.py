@@ -11,6 +11,7 @@ from tasks.core.command import Report
 from tasks.core.errors import BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tasks.core.training import HOW
 from tasks.engine.batches import encode_file
 from tasks.engine.chat import Example
 from tasks.engine.history import WINDOW, History
@@ -39,8 +40,9 @@ def read_splits(
 
 
 def fingerprint(config: BaseModel, dataset: Path, *models: ModelDir) -> str:
-    """Names a run by its config, its rows and its models' configs and sizes: whose checkpoints it may go on from."""
-    digest = hashlib.sha256(config.model_dump_json().encode())
+    """Names a run by its config without `HOW`, its rows and its models' configs and sizes: whose checkpoints it may go
+    on from."""
+    digest = hashlib.sha256(config.model_dump_json(exclude=HOW).encode())
     for split in ("train.jsonl", "validation.jsonl"):
         digest.update((dataset / split).read_bytes() if (dataset / split).is_file() else b"-")
     for directory in (directory for model in models for directory in model if directory):

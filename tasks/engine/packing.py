@@ -1,6 +1,5 @@
 """Rows packed one behind the other into micro-batches of planned length: no padding, and shapes known in advance.
 
-    reason = make_packable(model, dtype)             # None, or why this architecture has to be padded
     packing = plan_packing(lengths, order, batch_size, micro_batch, shapes=1, multiple=128)
     items = [(row, examples[row]) for row in packing.micro_batches[i]]
     hidden = hidden_states(model, to_device(pack(items, packing), model.device))      # tasks.engine.head
@@ -22,12 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from tasks.engine.attention import use_packed_attention
-from tasks.engine.batches import Batch, collate, to_device
+from tasks.engine.batches import Batch
 from tasks.engine.chat import IGNORE, Example
-from tasks.engine.head import hidden_states, unwrap
 
 
 @dataclass(frozen=True)
@@ -165,41 +161,3 @@ def _numbers(rows: list[list[int]], rest: list[int]) -> Tensor:
     """All of the rows, and `rest`, as one tensor of int64."""
     count = sum(map(len, rows)) + len(rest)
     return torch.from_numpy(np.fromiter(chain(*rows, rest), np.int64, count))  # some ten times as fast as torch.tensor
-
-
-def make_packable(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
-    """Gives the model packed attention and tries it on two short rows; None, or the reason why it must be padded.
-
-    `dtype` is what queries and keys are multiplied in. A model that fails gets its own attention back.
-    """
-    inner = unwrap(model)
-    before = {name: getattr(inner.config, name)._attn_implementation for name in inner.config.sub_configs}
-    before |= {"": inner.config._attn_implementation}
-    rows = [(row, Example(ids, ids)) for row, ids in enumerate([list(range(1, 4)), list(range(4, 13))])]
-    packing = Packing([[0, 1]], (), 2, 9)
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad(), torch.autocast(inner.device.type, dtype, enabled=dtype != torch.float32):
-            want = torch.cat([_hidden(model, collate([row])) for row in rows])
-            noise = _distance(_hidden(model, collate(rows)), want)
-            use_packed_attention(inner, dtype)
-            got = _hidden(model, pack(rows, packing))
-        # Products of other shapes round otherwise: a deep model in half precision by several percent.
-        if _distance(got, want) <= max(3 * noise, 1e-3 if dtype == torch.float32 else 2e-2):
-            return None
-        reason = "its rows see each other, or their place in the batch"
-    except (TypeError, ValueError) as error:
-        reason = str(error)
-    finally:
-        model.train(training)
-    inner.set_attn_implementation(before)
-    return f"{type(inner).__name__} cannot be packed: {reason}"
-
-
-def _hidden(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    return hidden_states(model, to_device(batch, model.device)).float()
-
-
-def _distance(ours: torch.Tensor, want: torch.Tensor) -> float:
-    return float((ours - want).norm() / want.norm())

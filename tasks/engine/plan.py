@@ -23,7 +23,7 @@ from tasks.engine.graphs import Graphs, most_labels
 from tasks.engine.history import History
 from tasks.engine.load import pick_dtype
 from tasks.engine.offload import host_has, kept_a_token
-from tasks.engine.packing import make_packable
+from tasks.engine.packable import make_packable
 from tasks.engine.shown import Shown
 
 # Sums over a batch's labels: "loss" with its gradient, and further parts by name ("kd_loss", "ce_loss").
@@ -170,16 +170,15 @@ def _host_has_room(model: PreTrainedModel, batches: Feed) -> bool:
 
 def graphs_for(plan: Plan, batches: Feed, model: PreTrainedModel) -> Graphs | None:
     """Graphs of the run's micro-batches where they can be captured: CUDA, bfloat16, packed to static lengths, nothing
-    random in the forward, weights whole and in their places."""
+    random in the forward, trained weights in their places."""
     config, device = plan.config, model.device.type
     fits = device == "cuda" and pick_dtype(config.precision, device) == torch.bfloat16 and config.dropout == 0
-    whole = not plan.is_split and plan.shown is None
-    if not (fits and whole and batches.packing and batches.packing.lengths):
+    if not (fits and plan.shown is None and batches.packing and batches.packing.lengths):
         return None
     if config.cuda_graphs == "off" or config.optimizer != "adamw":
         return None
-    work, stack = (lambda model, batch: loss_sums(plan, model, batch)), not config.gradient_checkpointing
-    return Graphs(model, work, most_labels(batches), stack)
+    stack = not (config.gradient_checkpointing or plan.is_split)
+    return Graphs(model, lambda model, batch: loss_sums(plan, model, batch), most_labels(batches), stack)
 
 
 def loss_sums(plan: Plan, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

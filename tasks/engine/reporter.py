@@ -41,10 +41,11 @@ class Reporter(TrainerCallback):
         now = time.monotonic()
         self.tokens += tokens
         numbers = {name: values[-1] for name, values in self.trainer.history.steps.items()}
-        self.plan.job.metrics(step, **numbers, **self._speed(now - self.step_began, tokens, labels, rows))
+        speed = self._speed(now - self.step_began, tokens, labels, rows)
+        self.plan.job.metrics(step, **numbers, **speed)
         self.step_began = now
         if step == self.plan.steps or now - self.told >= SECONDS_BETWEEN_EVENTS:
-            self._tell(step, now, numbers["loss"])
+            self._tell(step, now, numbers["loss"], speed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Validates, and asks for a checkpoint where one is due."""
@@ -76,9 +77,18 @@ class Reporter(TrainerCallback):
         told = self.meter.step(seconds, tokens, labels, lengths, processes.count())
         return told if not trainer.loss_scale.used else {**told, "loss_scale": trainer.loss_scale.factor}
 
-    def _tell(self, step: int, now: float, loss: float) -> None:
-        speed = self.tokens / max(now - self.told, 1e-9)
+    def _tell(self, step: int, now: float, loss: float, speed: dict[str, float]) -> None:
         left = (self.plan.steps - step) * (now - self.start) / (step - self.start_step)
-        note = f"loss {loss:.4f}, {speed:,.0f} tokens/s, {left // 60:.0f}:{left % 60:02.0f} left"
-        self.plan.job.progress(step, self.plan.steps, "steps", note)
+        told = [f"loss {loss:.4f}", f"{self.tokens / max(now - self.told, 1e-9):,.0f} tokens/s"]
+        told.append(f"peak {speed['peak_gib']:.1f} GiB")
+        told += [f"MFU {speed['mfu']:.0%}"] if "mfu" in speed else []
+        told.append(f"{clock(left)} left")
+        self.plan.job.progress(step, self.plan.steps, "steps", ", ".join(told))
         self.told, self.tokens = now, 0
+
+
+def clock(seconds: float) -> str:
+    """`3:07`, or `2:03:07` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from tasks.engine import checkpoint, optimizers, processes
+from tasks.engine import checkpoint, optimizers, processes, split
 from tasks.engine.history import History
 from tasks.engine.plan import Plan
 from tasks.engine.scaling import LossScale
@@ -41,7 +41,7 @@ class Resumable(Trainer):
 
     def _trained(self) -> dict[str, Tensor]:
         named = cast(nn.Module, self.model).named_parameters()
-        return {name: processes.whole(p.detach()) for name, p in named if p.requires_grad}
+        return {name: split.whole(p.detach()) for name, p in named if p.requires_grad}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         optimizer, rest = optimizers.flatten(self._plain_optimizer())
@@ -59,7 +59,7 @@ class Resumable(Trainer):
         found, kept = Path(resume_from_checkpoint), dict(cast(nn.Module, self.model).named_parameters())
         with torch.no_grad():
             for name, value in checkpoint.read(found, "model").items():
-                kept[name].copy_(processes.part_like(value, kept[name]))
+                kept[name].copy_(split.part_like(value, kept[name]))
         self.history.restore(checkpoint.read(found, "history"))
         self.loss_scale.restore(checkpoint.read_state(found)["loss_scale"])
 

@@ -7,6 +7,7 @@ and twice that backward. The head counts for labelled tokens only, the embedding
 """
 
 import math
+import resource
 import statistics
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +33,13 @@ def peak_flops(device: str) -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((tera * 1e12 for key, tera in PEAK.items() if key in name), None)
+
+
+def peak_gib(device: str) -> float:
+    """The most that torch had allocated on the card; on the CPU the most that this process had in memory."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,7 @@ class Meter:
         self.tokens.append(tokens)
         self.rows.append(len(lengths) * processes)
         self.flops.append(flops)
-        told = {"tokens_per_second": tokens / max(seconds, 1e-9)}
-        if self._model.device.type == "cuda":
-            told["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        told = {"tokens_per_second": tokens / max(seconds, 1e-9), "peak_gib": peak_gib(self._model.device.type)}
         if self._peak:
             told["mfu"] = flops / max(seconds, 1e-9) / self._peak
         return told
@@ -118,8 +124,8 @@ class Meter:
                 r / max(s, 1e-9) for r, s in zip(self.rows[later], seconds, strict=True)
             ),
         }
+        told["peak_gib"] = peak_gib(self._model.device.type)
         if self._model.device.type == "cuda":
-            told["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             told["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         if self._peak:
             rates = [f / max(s, 1e-9) for f, s in zip(self.flops[later], seconds, strict=True)]

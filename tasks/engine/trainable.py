@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
+from tasks.engine.attached import trained_on
 from tasks.engine.float16 import keep_range
-from tasks.engine.head import check_head, head_of
+from tasks.engine.head import check_head, head_of, unwrap
 from tasks.engine.load import TOWERS, is_four_bit, load_model, load_tokenizer, read_config
 
 Method = Literal["lora", "qlora", "full"]
@@ -48,16 +49,18 @@ def trainable_model(config: TrainingConfig, method: Method, base: ModelDir, devi
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not any(tower in name for tower in TOWERS))
     elif base.adapter is not None:
-        model = cast(PreTrainedModel, _with_earlier_adapter(config, model, base.adapter, device))
+        model = trained_on(config, model, base, device)
     else:
         model = cast(PreTrainedModel, with_adapters(config, model))
     head_of(model)  # raises when the head carries an adapter
+    _check_embedding(model)
     return model
 
 
 def with_adapters(config: TrainingConfig, model: PreTrainedModel) -> PeftModel:
     """The model with new adapters. Raises BadConfig when `target_modules` fit nothing."""
     never = rf".*({'|'.join((*TOWERS, 'altup'))}).*"
+    named = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=cast(int, config.alpha),
@@ -72,34 +75,28 @@ def with_adapters(config: TrainingConfig, model: PreTrainedModel) -> PeftModel:
     try:
         adapted = get_peft_model(model, lora)
     except ValueError as error:
-        raise BadConfig(f"target_modules={config.target_modules}: {error}") from error
+        raise BadConfig(f"target_modules={config.target_modules}: {error} {_there_are(named, never)}") from error
+    adapted_names = [name for name, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    for target in config.target_modules if isinstance(config.target_modules, list) else []:
+        if not any(f".{name}".endswith(f".{target}") for name in adapted_names):  # peft takes it when another fits
+            raise BadConfig(f"target_modules: {target!r} fits nothing that is adapted. {_there_are(named, never)}")
     return cast(PeftModel, adapted)
 
 
-def _with_earlier_adapter(config: TrainingConfig, model: PreTrainedModel, adapter: Path, device: str) -> PeftModel:
-    settings = LoraConfig.from_pretrained(str(adapter))
-    settings.lora_dropout, settings.inference_mode = config.dropout, False
-    return PeftModel.from_pretrained(
-        model, str(adapter), config=settings, is_trainable=True, torch_device=device, local_files_only=True
-    )
+def _there_are(named: list[str], never: str) -> str:
+    """A sentence on the names that `target_modules` can take."""
+    last = {name.rpartition(".")[2] for name in named if not re.fullmatch(never, name)} - {"lm_head", "embed_tokens"}
+    return f"There are {', '.join(sorted(last))}"
 
 
-def settings_of_adapter(config: TrainingConfig, base: ModelDir) -> list[str]:
-    """Sentences on the settings that an earlier adapter decides in place of the config."""
-    if base.adapter is None:
-        return []
-    settings = LoraConfig.from_pretrained(str(base.adapter))
-    pairs = {
-        "rank": (config.rank, settings.r),
-        "alpha": (config.alpha, settings.lora_alpha),
-        "use_rslora": (config.use_rslora, settings.use_rslora),
-        "use_dora": (config.use_dora, settings.use_dora),
-    }
-    return [
-        f"{name}={asked} is not used: the earlier adapter has {name}={has}"
-        for name, (asked, has) in pairs.items()
-        if asked != has
-    ]
+def _check_embedding(model: nn.Module) -> None:
+    """Raises BadConfig for an adapter on an embedding that is the head as well, which would not get it."""
+    embedding = unwrap(model).get_input_embeddings()
+    base = getattr(embedding, "base_layer", None)
+    if base is not None and base.weight is head_of(model).weight:
+        raise BadConfig(
+            "target_modules: the embedding is the head as well, which would not get its adapter: leave it out"
+        )
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -141,18 +138,34 @@ def save_trained(
         peft = cast(PeftModel, model)
         peft.peft_config["default"].base_model_name_or_path = "base"  # a path of this machine means nothing elsewhere
         peft.save_pretrained(str(out), save_embedding_layers=False)
+        _sort_modules(out / "adapter_config.json")
         (out / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    copy_tokenizer(base.base, out, chat_template)
+    copy_tokenizer(base, out, chat_template)
 
 
-def copy_tokenizer(source: Path, out: Path, chat_template: str = "model") -> None:
-    """Copies a model's tokenizer and processor files, with the chat template that `chat_template` chooses."""
+def copy_tokenizer(model: ModelDir, out: Path, chat_template: str = "model") -> None:
+    """Copies a model's tokenizer and processor files, with the chat template that `chat_template` chooses.
+
+    The adapter's tokenizer, if it brought one, is what the rows were read with; what it lacks comes from the base.
+    """
+    own = model.adapter if model.adapter and (model.adapter / "tokenizer_config.json").is_file() else None
     for name in TOKENIZER_FILES:
+        source = own or model.base
+        if own and not (own / name).is_file() and not name.startswith("chat_template"):
+            source = model.base
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if chat_template != "model":
-        template = load_tokenizer(ModelDir(source), chat_template).chat_template
+        template = load_tokenizer(model, chat_template).chat_template
         (out / "chat_template.jinja").write_text(cast(str, template), encoding="utf-8")
+
+
+def _sort_modules(file: Path) -> None:
+    """peft writes sets in the order of Python's hashes, which is another in every process."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _name_dtype(file: Path, dtype: str) -> None:

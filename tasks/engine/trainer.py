@@ -22,6 +22,7 @@ from tasks.engine import checkpoint, processes
 from tasks.engine.ahead import Ahead
 from tasks.engine.batches import Batch, collate, to_device
 from tasks.engine.delayed import Coming, Sums
+from tasks.engine.gradients import gradient_norm, scale_gradients, sum_gradients
 from tasks.engine.guard import Broke, worst, worst_gradients
 from tasks.engine.history import History
 from tasks.engine.plan import Plan, feed, graphs_for, loss_sums, quicken, training_arguments, validation_losses
@@ -119,6 +120,14 @@ class GuardedTrainer(Resumable):
         self.model_accepts_loss_kwargs = True  # or training_step divides by the number of micro-batches once more
         model.config.use_cache = self._use_cache  # Trainer switches it off, and it would be saved
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, and no graph outlives it."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.graphs:
+                self.graphs.close()
+
     def validate(self) -> dict[str, float]:
         """Mean losses per label token on the validation rows, recorded and told; empty when there are none."""
         with self.shown.during(self.state.global_step) if self.shown else contextlib.nullcontext():
@@ -170,8 +179,7 @@ class GuardedTrainer(Resumable):
         """The objective's sum over a micro-batch divided by the labels of the whole step."""
         sums = loss_sums(self.plan, cast(PreTrainedModel, self.model), inputs)
         self._sums.add(sums, num_items_in_batch)
-        factor = self.loss_scale.factor * (processes.count() if self.is_split else 1)  # fsdp2 takes the mean
-        return sums["loss"] / num_items_in_batch * factor
+        return sums["loss"] / num_items_in_batch * self.loss_scale.factor
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' estimate walks over all parameters for every micro-batch."""
@@ -183,26 +191,27 @@ class GuardedTrainer(Resumable):
         if self.graphs:
             return self.graphs.finish(self.all_labels, most)
         named = list(cast(nn.Module, self.model).parameters())
-        processes.sum_gradients(named, 1 / processes.count() if self.is_split else 1.0)
+        sum_gradients(named)
         undo = 1 / self.loss_scale.factor
         if undo != 1:
-            processes.scale_gradients(named, undo)
-        norm = processes.gradient_norm(named)
+            scale_gradients(named, undo)
+        norm = gradient_norm(named)
         if most:
-            processes.scale_gradients(named, (most / (norm + 1e-6)).clamp(max=1.0))
+            scale_gradients(named, (most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Takes the step's numbers off the device, and looks at them before the optimizer does.
 
         With graphs the look comes during the next step, so that the device never waits for it; a step whose gradient
-        is not finite moves nothing all the same, since the optimizer is told so on the device.
+        is not finite moves nothing all the same, since the optimizer is told so on the device. (AdamW takes no word for
+        parameters that are split.)
         """
         norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
         asked = [float(self.tokens), float(self.plan.job.stop_requested), float(self.reporter.wants_checkpoint())]
         step, rate = self.state.global_step + 1, self._get_learning_rate()
         self._coming = self._sums.send(asked, norm, step, self.rows, self.labels, rate)
-        if self.graphs is None:
+        if self.graphs is None or len(self.graphs.parts):
             self.catch_up()
         else:
             cast(Any, self._plain_optimizer()).found_inf = (~norm.isfinite()).float()

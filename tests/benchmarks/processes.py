@@ -1,6 +1,6 @@
-"""One GPU against several of one host: rows a second and losses of the same LoRA run of the Gemma-3-1B shape.
+"""One GPU against several of one host: rows a second and losses of the same run of the Gemma-3-1B or 4B shape.
 
-    python -m tests.benchmarks.processes checkpoint DIR          random weights, once
+    python -m tests.benchmarks.processes checkpoint DIR [--shape 4B]        random weights, once
     python -m tests.benchmarks.processes run DIR [ddp|fsdp2] [lora|full] [--rows 32] [--micro 8] [--compile on]
     python -m tasks.core.launch 2 tests.benchmarks.processes run DIR ddp lora --rows 64
     python -m tests.benchmarks.processes table DIR [--only NAME ...]        those of RUNS, and a table of them
@@ -34,6 +34,8 @@ RUNS = {
     "1 GPU, all weights": (1, "ddp full --rows 32 --compile on"),
     "2 GPUs, all weights, ddp": (2, "ddp full --rows 64 --compile on"),
     "2 GPUs, all weights, fsdp2": (2, "fsdp2 full --rows 64 --compile on"),
+    "1 GPU, 4B": (1, "ddp lora --rows 16 --shape 4B --recompute --compile on"),
+    "2 GPUs, 4B, fsdp2": (2, "fsdp2 lora --rows 32 --shape 4B --recompute --compile on"),
 }
 
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("strategy", nargs="?", default="ddp", choices=["ddp", "fsdp2"])
     parser.add_argument("method", nargs="?", default="lora", choices=["lora", "full"])
+    parser.add_argument("--shape", default="1B", choices=["1B", "4B"])
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024)
@@ -70,17 +73,17 @@ def main() -> None:
     from tests.benchmarks.memory import Case, Unsaved, base_of, config_of
 
     if arguments.act == "checkpoint":
-        base_of("1B", arguments.directory, arguments.pico)
+        base_of(arguments.shape, arguments.directory, arguments.pico)
         return
     processes.join()
-    case = Case("1B", arguments.method, arguments.rows, arguments.length, arguments.recompute)
+    case = Case(arguments.shape, arguments.method, arguments.rows, arguments.length, arguments.recompute)
     more = {
         "micro_batch_size": arguments.micro,
         "max_steps": arguments.steps,
         "learning_rate": 1e-4,
         "compile": arguments.compile,
     }
-    config, base = config_of(case, **more), ModelDir(arguments.directory / "1B")
+    config, base = config_of(case, **more), ModelDir(arguments.directory / arguments.shape)
     rows = rows_of(arguments.rows * arguments.steps, arguments.length, 512 if arguments.pico else 262144)
     with tempfile.TemporaryDirectory() as work:
         device, loss = "cuda" if torch.cuda.is_available() else "cpu", objective(config.loss_chunk_mib << 20)
@@ -97,6 +100,7 @@ def main() -> None:
             "processes": processes.count(),
             "strategy": arguments.strategy if processes.count() > 1 else "-",
             "method": arguments.method,
+            "shape": arguments.shape,
             "rows": arguments.rows,
             "at_once": arguments.micro,
             "losses": [round(loss, 5) for loss in trainer.history.steps["loss"]],
@@ -121,7 +125,7 @@ def warm(directory: Path, name: str, step: int) -> None:
 
 
 def table(directory: Path, names: list[str], patience: float, pico: bool) -> None:
-    """The runs of `names`, and their speed beside the first of their method with as many rows at once."""
+    """The runs of `names`, and their speed beside the first of their shape and method with as many rows at once."""
 
     def command(name: str) -> list[str]:
         count, asked = RUNS[name]
@@ -133,7 +137,7 @@ def table(directory: Path, names: list[str], patience: float, pico: bool) -> Non
         return [sys.executable, "-m", *start, *rest, *where, *more]
 
     take_turns(directory, names, command, patience, stop=False)
-    alone: dict[tuple[str, int], float] = {}
+    alone: dict[tuple[str, str, int], float] = {}
     print("| | rows/s | tokens/s | peak GiB a card | times one GPU | last loss |\n|---|---|---|---|---|---|")
     for name in names:
         if not (directory / f"{name}.json").exists():
@@ -141,7 +145,7 @@ def table(directory: Path, names: list[str], patience: float, pico: bool) -> Non
             continue
         told = json.loads((directory / f"{name}.json").read_text())
         speed, tokens = told["rows_per_second"], told["tokens_per_second"]
-        times = speed / alone.setdefault((told["method"], told["at_once"]), speed)
+        times = speed / alone.setdefault((told["shape"], told["method"], told["at_once"]), speed)
         peak = told.get("peak_gib", 0)
         print(f"| {name} | {speed:.1f} | {tokens:,.0f} | {peak:.1f} | {times:.2f} | {told['losses'][-1]} |")
 

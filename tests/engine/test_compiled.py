@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM
 
 from tasks.engine import offload
-from tasks.engine.compiled import run_layers, saved
+from tasks.engine.compiled import compiling_pays, pays_after, run_layers, saved
 from tasks.engine.fused_layers import fuse_adapters
 from tasks.engine.memory.__main__ import shape
 from tests.engine.test_fused import adapted, outcome
@@ -50,6 +52,16 @@ def test_what_compiling_is_said_to_save_is_near_what_it_saved(size, tokens, reco
     with torch.device("meta"):
         model = Gemma3ForCausalLM(shape(size))
     assert 0.6 * milliseconds < 1e3 * saved(model, tokens, recompute) < 1.1 * milliseconds
+
+
+def test_a_run_is_compiled_that_is_long_enough_to_pay_for_it():
+    """The numbers of docs/training.md, and never on a CPU."""
+    with torch.device("meta"):
+        model = Gemma3ForCausalLM(shape("1B"))
+    assert round(pays_after(model, 8192, False), -1) == 740 and round(pays_after(model, 8192, True), -1) == 430
+    model.parameters = lambda: iter([SimpleNamespace(is_cuda=True)])
+    assert not compiling_pays(model, 730, 8192, False) and compiling_pays(model, 740, 8192, False)
+    assert not compiling_pays(adapted("llama"), 10**9, 8192, False)
 
 
 def _counting(plain, made):

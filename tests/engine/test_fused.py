@@ -20,7 +20,7 @@ from tasks.engine.fused_group import LoraGroup, refresh
 from tasks.engine.fused_layers import FusedAttention, FusedMLP, fuse_adapters
 from tasks.engine.fused_lora import lora_linear
 from tasks.engine.fused_nf4 import read_nf4
-from tasks.engine.packing import make_packable
+from tasks.engine.packable import make_packable
 from tasks.engine.trainable import trainable_model
 from tests.pico import pico_model
 

@@ -12,7 +12,7 @@ from tasks.engine.feed import Feed
 from tasks.engine.graphs import LABELS, Graphs, fill_labels, most_labels
 from tasks.engine.head import head_of, hidden_states
 from tasks.engine.losses import cross_entropy
-from tasks.engine.packing import make_packable
+from tasks.engine.packable import make_packable
 from tests.pico import pico_model
 
 

@@ -21,7 +21,8 @@ from tasks.engine.batches import collate, row_order
 from tasks.engine.chat import IGNORE, Example
 from tasks.engine.feed import Feed
 from tasks.engine.head import hidden_states
-from tasks.engine.packing import evened, make_packable, pack, pack_all, plan_packing
+from tasks.engine.packable import make_packable
+from tasks.engine.packing import evened, pack, pack_all, plan_packing
 
 SMALL = dict(
     vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

@@ -6,10 +6,15 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
+from tasks.core.training import TrainingConfig
 from tasks.engine.batches import collate
 from tasks.engine.chat import IGNORE, Example
 from tasks.engine.head import hidden_states
-from tasks.engine.packing import Packing, make_packable, pack
+from tasks.engine.memory.activations import activations
+from tasks.engine.memory.shapes import count
+from tasks.engine.memory.workload import load_of
+from tasks.engine.packable import make_packable
+from tasks.engine.packing import Packing, pack
 from tasks.engine.stack import Stack, plain
 from tasks.engine.stack.shapes import Attention, Rows
 
@@ -81,6 +86,25 @@ def test_positions_that_were_filled_up_bring_nothing():
         hidden[: len(batch["positions"])].square().sum().backward()
         found.append(torch.cat([grad.flatten() for grad in grads.values()]))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_the_layers_keep_for_their_backward_what_the_memory_plan_counts():
+    model, kept = gemma3(), {}
+    stack = Stack.of(model, gradients(model), torch.bfloat16)
+    batch = collate(rows())
+    tokens = batch["input_ids"].numel()
+    batch["positions"] = torch.arange(tokens)  # the last layer's MLP works on the labelled alone, which is not counted
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes if tensor.is_floating_point() else 0
+        return tensor
+
+    embedded = model.model.embed_tokens(batch["input_ids"]).detach().bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        stack(batch, embedded)
+    config = TrainingConfig(precision="bfloat16")
+    counted, _ = activations(count(model.config, config, "full"), load_of(config, "full", tokens), 2)
+    assert sum(kept.values()) == counted + embedded.nbytes
 
 
 def test_other_models_keep_their_layers():

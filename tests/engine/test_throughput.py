@@ -4,6 +4,8 @@ import pytest
 
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
+from tasks.engine import throughput
+from tasks.engine.reporter import clock
 from tasks.engine.throughput import Meter, cost_of, pairs, peak_flops
 from tasks.engine.trainable import trainable_model
 from tests.pico import pico_model
@@ -38,5 +40,20 @@ def test_a_run_s_speed_is_its_median_step_s_without_the_first(base):
     meter = Meter(trainable_model(TrainingConfig(rank=2), "lora", base, "cpu"))
     for seconds in [9.0] * 5 + [0.5] * 8:
         told = meter.step(seconds, 100, 50, [50, 50], processes=2)
+    assert told.pop("peak_gib") > 0.1, "a process that has imported torch"
     assert told == {"tokens_per_second": 200.0} and peak_flops("cpu") is None
-    assert meter.summary() == {"seconds_per_step": 0.5, "tokens_per_second": 200.0, "rows_per_second": 8.0}
+    summary = meter.summary()
+    assert summary.pop("peak_gib") > 0.1
+    assert summary == {"seconds_per_step": 0.5, "tokens_per_second": 200.0, "rows_per_second": 8.0}
+
+
+def test_the_share_of_what_the_card_could_do_is_told_where_that_is_known(base, monkeypatch):
+    model = trainable_model(TrainingConfig(rank=2), "lora", base, "cpu")
+    monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e9)
+    told = Meter(model).step(0.5, 100, 50, [50, 50], processes=1)
+    cost = cost_of(model)
+    assert told["mfu"] == pytest.approx(cost.step(100, 50, pairs([50, 50], model)) / 0.5 / 1e9)
+
+
+def test_time_left_is_read_as_a_clock():
+    assert [clock(s) for s in (0, 59.6, 119.7, 187, 7387)] == ["0:00", "1:00", "2:00", "3:07", "2:03:07"]

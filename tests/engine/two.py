@@ -15,14 +15,18 @@ from safetensors.torch import save_file
 
 from tasks.core.errors import Preempted
 from tasks.core.refs import ModelDir
-from tasks.engine import processes
+from tasks.engine import processes, split
 from tasks.engine.batches import encode_file
+from tasks.engine.graphs import Graphs
 from tasks.engine.load import load_tokenizer
+from tasks.engine.plan import feed, loss_sums, quicken
 from tasks.engine.trainer import train
 from tests.engine.test_trainer import plan, weights
 
 # A row whose micro-batches differ in size: 6 rows a process in micro-batches of 3, of different lengths.
-SETTINGS = dict(dropout=0, batch_size=12, micro_batch_size=3, max_steps=4, scheduler="constant")
+SETTINGS = dict(
+    dropout=0, batch_size=12, micro_batch_size=3, max_steps=4, scheduler="constant", validate_every_steps=2
+)
 RUNS = {"ddp": ("ddp", "lora"), "fsdp2-full": ("fsdp2", "full"), "fsdp2-lora": ("fsdp2", "lora")}
 
 
@@ -32,24 +36,25 @@ def main(base: ModelDir, dataset: Path, work: Path) -> None:
     rows = encode_file(load_tokenizer(base), dataset / "train.jsonl", 256, print)
 
     def stop(call: int) -> None:
-        if call == 5 and processes.rank() == 0:  # two micro-batches a step: in step 3
+        if call == 7 and processes.rank() == 0:  # two micro-batches a step, two of the validation: in step 3
             os.kill(os.getpid(), signal.SIGTERM)
 
     def made(run: str, kind: str, at_micro_batch=None):
         strategy, method = RUNS[run]
         found = plan(base, rows, work / f"{run}-{kind}", method=method, at_micro_batch=at_micro_batch, **SETTINGS)
-        found.strategy = strategy
+        found.strategy, found.validation = strategy, rows[:4]  # which one process does without, and must change nothing
         return found
 
-    unit = processes.UNIT
+    unit = split.UNIT
     for run in RUNS:
-        processes.UNIT = 1 if run == "fsdp2-full" else unit  # each layer by itself, and all together
+        split.UNIT = 1 if run == "fsdp2-full" else unit  # each layer by itself, and all together
         _tell(work / f"{run}.json", *train(made(run, "whole")))
         try:
             train(made(run, "stopped", stop))
         except Preempted:
             processes.wait()
         _tell(work / f"{run}-resumed.json", *train(made(run, "one")))
+        _tell_gradients(work / f"{run}-gradients.safetensors", made(run, "gradients"))
     processes.leave()
 
 
@@ -57,6 +62,23 @@ def _tell(path: Path, model, history) -> None:
     if processes.rank() == 0:
         path.write_text(json.dumps(history.steps))
         save_file(weights(model), path.with_suffix(".safetensors"))
+
+
+def _tell_gradients(path: Path, plan) -> None:
+    """Those of the first step in one buffer, clipped to a norm of 0.1, as graphs hold them."""
+    model = plan.build()
+    batches = feed(plan, model)
+    quicken(plan, model, batches)
+    graphs = Graphs(model, lambda model, batch: loss_sums(plan, model, batch), {}, stack=False)
+    for _ in range(2):  # a step begins at 0 whatever the last one left
+        graphs.begin()
+        for batch in (batches[0], batches[1]):
+            graphs._work(batch)
+    labels = processes.total(torch.tensor(float(len(batches[0]["labels"]) + len(batches[1]["labels"]))))
+    norm = graphs.finish(labels, 0.1)
+    grads = {name: split.whole(p.grad).contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    if processes.rank() == 0:
+        save_file({"norm": norm, **grads}, path)
 
 
 def fork(count: int) -> int:

@@ -12,8 +12,9 @@ from tasks.core.refs import ModelDir
 from tasks.distill.states import StatesConfig
 from tasks.distill.states.exam import examine, write_exam
 from tasks.distill.states.numbers import row_numbers
+from tasks.distill.states.remember import Ask, remember_rows, what_to_keep
 from tasks.distill.states.store import States, is_older, teacher_key
-from tasks.distill.states.teacher import Ask, load_teacher, remember_rows, what_to_keep
+from tasks.distill.states.teacher import load_teacher
 from tasks.distill.states.topk import topk_error
 from tasks.engine.load import load_tokenizer, read_config
 from tasks.engine.outcome import read_splits

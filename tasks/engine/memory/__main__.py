@@ -14,8 +14,9 @@ from transformers import Gemma3nConfig, Gemma3TextConfig, PretrainedConfig
 from tasks.core.refs import ModelDir
 from tasks.core.training import TrainingConfig
 from tasks.engine.load import read_config
-from tasks.engine.memory.predict import load_of, predict
+from tasks.engine.memory.predict import predict
 from tasks.engine.memory.shapes import count
+from tasks.engine.memory.workload import load_of
 from tasks.engine.trainable import Method
 
 Size = Literal["270M", "1B", "4B", "12B", "E2B", "E4B"]

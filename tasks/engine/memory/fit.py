@@ -4,11 +4,10 @@ config, plan = fitted(config, "lora", base, rows, out, job)     # for the card t
 config, plan = fit(config, "lora", base, lengths, labels, 22.5) # BadConfig, with the numbers, when nothing fits
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,78 +21,16 @@ from tasks.engine.batches import row_order
 from tasks.engine.chat import Example
 from tasks.engine.load import pick_device, pick_dtype
 from tasks.engine.memory.beside import ALONE, Beside
-from tasks.engine.memory.predict import GIB, Load, Parts, load_of, predict
+from tasks.engine.memory.choice import Choice, MemoryPlan
+from tasks.engine.memory.predict import GIB, Parts, predict
 from tasks.engine.memory.shapes import Shapes, shapes_of
+from tasks.engine.memory.workload import Load, load_of
 from tasks.engine.packing import plan_packing
 from tasks.engine.trainable import Method
 
 C = TypeVar("C", bound=TrainingConfig)
 BUSY = 4096  # tokens of a micro-batch from which a card is about fully used
 STEPS_LOOKED_AT = 200
-
-
-class Choice(NamedTuple):
-    """One way to run: its settings, what it needs, and about how long a step takes beside the others."""
-
-    micro_batch: int
-    tokens: int
-    recompute: bool
-    optimizer: str
-    parts: Parts
-    cost: float
-
-    def fits(self, gib: float) -> bool:
-        """Whether a card with so much to give holds it."""
-        return self.parts.card <= gib
-
-    def say(self) -> str:
-        """In words."""
-        recompute = "with" if self.recompute else "without"
-        rows = f"micro-batch {self.micro_batch} ({self.tokens} tokens), {recompute} recompute, {self.optimizer}"
-        return f"{rows}: {self.parts.card:.1f} GiB of the card, {self.parts.peak:.1f} in tensors"
-
-
-class MemoryPlan(NamedTuple):
-    """All that was looked at, and what was chosen."""
-
-    gib: float
-    chosen: Choice
-    looked_at: list[Choice]
-
-    def document(self) -> dict[str, object]:
-        """As it goes into the report."""
-        rows = [
-            {**choice._asdict(), "parts": {k: round(v, 3) for k, v in choice.parts.table().items()}}
-            for choice in self.looked_at
-        ]
-        return {"card_gib": round(self.gib, 2), "chosen": self.looked_at.index(self.chosen), "looked_at": rows}
-
-    def page(self) -> str:
-        """As a table to read."""
-        names = list(self.chosen.parts.table())
-        head = ["micro-batch", "tokens", "recompute", "optimizer", *names, "fits"]
-        lines = [
-            f"# Memory plan for {self.gib:.1f} GiB\n",
-            "All in GiB. `peak` is what torch allocates, `card` what the card must have.\n",
-            "| " + " | ".join(head) + " |",
-            "|" + "---|" * len(head),
-        ]
-        for choice in self.looked_at:
-            numbers = [f"{value:.2f}" for value in choice.parts.table().values()]
-            mark = "**chosen**" if choice is self.chosen else "yes" if choice.fits(self.gib) else "no"
-            cells = [str(choice.micro_batch), str(choice.tokens), "yes" if choice.recompute else "no", choice.optimizer]
-            lines.append("| " + " | ".join([*cells, *numbers, mark]) + " |")
-        return "\n".join(lines) + "\n"
-
-    def told(self) -> dict[str, object]:
-        """As it goes into report.json."""
-        return {"predicted_gib": round(self.chosen.parts.peak, 2), "file": "memory_plan"}
-
-    def write(self, out: Path) -> None:
-        """Into the stage's report."""
-        (out / "report").mkdir(exist_ok=True)
-        (out / "report" / "memory_plan.md").write_text(self.page(), encoding="utf-8")
-        (out / "report" / "memory_plan.json").write_text(json.dumps(self.document(), indent=1), encoding="utf-8")
 
 
 def card_gib() -> float | None:

@@ -72,7 +72,7 @@ def add_norm_backward(
 
 def rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rows: Rows, kind: Attention) -> tuple[Tensor, Tensor]:
     """Queries (T, A, D) and keys (T, G, D), normed a head and turned by their positions, from (T, (A + 2G) D)."""
-    heads = wide(qkv).view(len(qkv), -1, kind.width)
+    heads = wide(qkv).view(len(qkv), -1, kind.head_dim)
     found = []
     for some, weight in zip(
         heads.split([kind.heads, kind.kv_heads, kind.kv_heads], 1), (q_weight, k_weight), strict=False
@@ -95,7 +95,7 @@ def rotate_backward(
 ) -> None:  # fmt: skip
     """Turns queries and keys in `qkv` into their gradient, in place. `shares` (A + G, HEAD_PROGRAMS, D) takes the
     weights' gradients, to be summed over heads and programs."""
-    heads, first = qkv.view(len(qkv), -1, kind.width), 0
+    heads, first = qkv.view(len(qkv), -1, kind.head_dim), 0
     queries, keys, _ = heads.split([kind.heads, kind.kv_heads, kind.kv_heads], 1)
     for some, grad, weight in ((queries, dq, q_weight), (keys, dk, k_weight)):
         _, bare, inverse = _norm(wide(some), weight, kind.eps)
@@ -121,27 +121,27 @@ def gated_backward(gate_up: Tensor, dh: Tensor) -> tuple[Tensor, Tensor]:
     return gate_up, dh.copy_(out)
 
 
-def _seen(rows: Rows, kind: Attention) -> Tensor:
+def _visible(rows: Rows, kind: Attention) -> Tensor:
     """Which keys (T) a query (T) sees: (T, T)."""
     at = torch.arange(len(rows.positions), device=rows.positions.device)
-    row = torch.searchsorted(rows.borders, at, right=True)
+    row = torch.searchsorted(rows.cu_seqlens, at, right=True)
     back = at[:, None] - at[None, :]
     seen = (back >= 0) & (row[:, None] == row[None, :])
     return seen & (back < kind.window) if kind.window else seen
 
 
-def _shares(q: Tensor, k: Tensor, rows: Rows, kind: Attention) -> Tensor:
+def _probs(q: Tensor, k: Tensor, rows: Rows, kind: Attention) -> Tensor:
     """Attention's weights (A, T, T)."""
     keys = wide(k).repeat_interleave(kind.heads // kind.kv_heads, 1)
     scores = torch.einsum("iad,jad->aij", wide(q), keys) * kind.scale
-    return scores.masked_fill(~_seen(rows, kind), -torch.inf).softmax(-1)
+    return scores.masked_fill(~_visible(rows, kind), -torch.inf).softmax(-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows, kind: Attention) -> tuple[Tensor, Tensor]:
     """Attention's output (T, A D), and what its backward wants to know besides."""
-    shares = _shares(q, k, rows, kind)
+    probs = _probs(q, k, rows, kind)
     values = wide(v).repeat_interleave(kind.heads // kind.kv_heads, 1)
-    return torch.einsum("aij,jad->iad", shares, values).flatten(1).to(q.dtype), q.new_empty(0)
+    return torch.einsum("aij,jad->iad", probs, values).flatten(1).to(q.dtype), q.new_empty(0)
 
 
 def attend_backward(
@@ -149,11 +149,11 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of queries and keys; the values' takes the place of `v`."""
     groups = kind.heads // kind.kv_heads
-    shares, grad = _shares(q, k, rows, kind), wide(do).view(q.shape)
+    probs, grad = _probs(q, k, rows, kind), wide(do).view(q.shape)
     values = wide(v).repeat_interleave(groups, 1)
     ds = torch.einsum("iad,jad->aij", grad, values)
-    ds = shares * (ds - (ds * shares).sum(-1, keepdim=True)) * kind.scale
+    ds = probs * (ds - (ds * probs).sum(-1, keepdim=True)) * kind.scale
     dq = torch.einsum("aij,jad->iad", ds, wide(k).repeat_interleave(groups, 1))
     dk = torch.einsum("aij,iad->jad", ds, wide(q)).unflatten(1, (kind.kv_heads, groups)).sum(2)
-    v.copy_(torch.einsum("aij,iad->jad", shares, grad).unflatten(1, (kind.kv_heads, groups)).sum(2))
+    v.copy_(torch.einsum("aij,iad->jad", probs, grad).unflatten(1, (kind.kv_heads, groups)).sum(2))
     return dq.to(q.dtype), dk.to(q.dtype)

@@ -11,7 +11,7 @@ class Attention(NamedTuple):
 
     heads: int
     kv_heads: int
-    width: int
+    head_dim: int
     scale: float
     eps: float
     window: int
@@ -19,10 +19,10 @@ class Attention(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows: `positions` (T,), `borders` (rows + 1,) int32, the longest row's tokens, and by `Attention.local`
+    """Packed rows: `positions` (T,), `cu_seqlens` (rows + 1,) int32, the longest row's tokens, and by `Attention.local`
     the cosines and sines of positions, each (longest, D / 2)."""
 
     positions: Tensor
-    borders: Tensor
+    cu_seqlens: Tensor
     longest: int
     tables: dict[bool, tuple[Tensor, Tensor]]

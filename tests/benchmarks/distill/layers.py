@@ -13,7 +13,7 @@ from tasks.engine.feed import Feed
 from tasks.engine.graphs import Graphs, most_labels
 from tasks.engine.head import head_of, hidden_states
 from tasks.engine.losses import cross_entropy
-from tasks.engine.packing import make_packable
+from tasks.engine.packable import make_packable
 from tests.benchmarks.distill.shapes import DEVICE
 
 CASES = {  # hidden, ffn, layers, heads, of keys and values, head dimension, window, rows' tokens

@@ -14,8 +14,8 @@ from tasks.core.job import Job
 from tasks.distill import DistillConfig
 from tasks.distill.lessons import Lessons
 from tasks.distill.run import WINDOW, objective
+from tasks.distill.states.remember import Ask, remember_rows
 from tasks.distill.states.store import Kept, States
-from tasks.distill.states.teacher import Ask, remember_rows
 from tasks.distill.teachers import Remembered
 from tasks.engine.chat import Example
 from tasks.engine.losses import Mix

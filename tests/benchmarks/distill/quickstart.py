@@ -9,8 +9,8 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
 from tasks.distill import DistillConfig
+from tasks.distill.states.remember import Ask, remember_rows
 from tasks.distill.states.store import Kept
-from tasks.distill.states.teacher import Ask, remember_rows
 from tasks.engine.chat import encode
 from tasks.engine.load import load_model, load_tokenizer
 from tests.benchmarks.distill.ours import ours

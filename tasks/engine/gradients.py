@@ -1,0 +1,47 @@
+"""Gradients of parameters that each process holds whole, or a part of (tasks.engine.split)."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tasks.engine.processes import count, total
+from tasks.engine.split import is_split, own
+
+BUCKET = 1 << 26  # elements summed at once: 256 MiB in float32
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums the gradients of whole parameters over all processes; split ones' backward has summed."""
+    if count() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None and not is_split(p.grad)]
+    while grads:
+        size, bucket = 0, list[Tensor]()
+        while grads and (not bucket or size + grads[-1].numel() <= BUCKET) and grads[-1].dtype == grads[0].dtype:
+            bucket.append(grads.pop())
+            size += bucket[-1].numel()
+        flat = torch.cat([grad.flatten() for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, part in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of all gradients together, whole and split ones."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    whole = [grad for grad in grads if not is_split(grad)]
+    parts = [own(grad) for grad in grads if is_split(grad)]
+    norm = torch.nn.utils.get_total_norm(whole) if whole else torch.zeros((), device=grads[0].device)
+    if parts:
+        square = total(torch.nn.utils.get_total_norm(parts).square())
+        norm = (norm.square() + square).sqrt()
+    return norm
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+    """Multiplies all gradients by `factor`."""
+    grads = [own(p.grad) for p in parameters if p.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor)
