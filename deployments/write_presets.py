@@ -126,7 +126,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **QUICKSTART_DATA,
             "model": f"{QUICKSTART}/student",
-            "evaluate": {"max_new_tokens": 72, "batch_size": 128, "latency_rows": 0, "perplexity_rows": 0},
+            "evaluate": {"max_new_tokens": 72, "limit_rows": 64, "latency_rows": 8, "perplexity_rows": 0},
         },
     ),
     "ablation": (
@@ -151,8 +151,9 @@ def _lines(model: BaseModel, depth: int) -> list[str]:
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):
-            first = (type(value).__doc__ or "").split("\n")[0]
-            found += ["", f"{indent}# {first}", f"{indent}{name}:", *_lines(value, depth + 1)]
+            purpose = field.description or (type(value).__doc__ or "").split("\n")[0]
+            help_ = [f"{indent}# {line}" for line in textwrap.wrap(purpose, 116 - len(indent))]
+            found += ["", *help_, f"{indent}{name}:", *_lines(value, depth + 1)]
             continue
         about = [f"{indent}# {line}" for line in textwrap.wrap(field.description or "", 116 - len(indent))]
         if isinstance(value, list) and value and isinstance(value[0], BaseModel):

@@ -9,7 +9,6 @@ student base ───────────────┬── SFT ──�
 """
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -23,9 +22,9 @@ from flows.report import publish
 from flows.report import show as show_models
 from flows.stages import Stages
 from flows.start import start
+from tasks.core.inputs import fetched
 from tasks.core.paired import Prediction, read_predictions, transfer
 from tasks.core.refs import AnyModel, DatasetRef, ReportRef
-from tasks.core.store import open_store
 from tasks.core.take import take_files, take_model
 from tasks.distill import DistillConfig
 from tasks.distill.states.task import remember
@@ -75,6 +74,7 @@ class AblationConfig(FlowConfig):
     """Hub revisions to pin, by name."""
     ingest: IngestConfig = IngestConfig()
     teacher: FineTuneConfig = FineTuneConfig()
+    """How the teacher is fine-tuned on the rows."""
     student: DistillConfig = DistillConfig(method="lora", learning_rate=2e-4)
     """How every student is trained. With `method: full` the one on NF4 differs in more than its base's numbers: 4-bit
     weights cannot be trained, so it trains adapters."""
@@ -156,10 +156,9 @@ def missing_for_nf4() -> dict[str, str]:
 
 def compared(run: Stages, scores: dict[str, ReportRef], out_of_scope: str) -> list[dict[str, Any]]:
     """Every pair of `PAIRS` that was evaluated, on all rows and in and out of scope."""
-    store, inputs = open_store(run.settings.store_uri), run.settings.root / "inputs"
 
     def predictions(ref: ReportRef) -> list[Prediction]:
-        return read_predictions(Path(store.fetch(ref.digest, inputs / ref.digest)) / "predictions.jsonl")
+        return read_predictions(fetched(run.settings, ref.digest) / "predictions.jsonl")
 
     found = []
     for about, (a, b) in PAIRS.items():

@@ -7,7 +7,6 @@ rows ── ingest ─┘                   └── GGUF (one a kind) ── e
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -21,8 +20,8 @@ from flows.verdict import verdict_table
 from tasks.bakeoff import BakeoffConfig, Method
 from tasks.bakeoff.table import draw, gguf_row, markdown, table
 from tasks.bakeoff.task import bake
+from tasks.core.inputs import fetched
 from tasks.core.refs import DatasetRef, ModelRef, ReportRef
-from tasks.core.store import open_store
 from tasks.core.take import take_files, take_model
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
@@ -98,22 +97,21 @@ def _gguf(
     label = f"{one.kind}{' imatrix' if one.imatrix else ''}"
     gguf = run(f"gguf {label}", convert, one, model, dataset, outliers=outliers)
     facts = run(f"evaluate {label}", evaluate, config.evaluate, model, dataset, label, gguf).facts
-    scores = {"tokens_per_second": facts.get("alone_tokens_per_second", facts["tokens_per_second"])}
-    if "exact_match" in facts:
-        scores["exact"] = facts["exact_match"]
-    foretold = json.loads((_fetched(run, outliers) / "verdict.json").read_text())
+    known = {
+        "tokens_per_second": "alone_tokens_per_second",
+        "exact": "exact_match",
+    }  # one at a time
+    scores = {name: facts[fact] for name, fact in known.items() if fact in facts}
+    foretold = json.loads((fetched(run.settings, outliers.digest) / "verdict.json").read_text())
     predicted = foretold["models"][foretold["focus"]]["targets"]["gguf_cpu"]["verdict"]
-    made = _report(run, gguf)["metrics"]
-    scores["peak_bytes"] = made["conversion_peak_bytes"]
-    return gguf_row(gguf.facts, made["conversion_seconds"], one.imatrix, predicted=predicted, **scores)
-
-
-def _fetched(run: Stages, ref: Any) -> Path:
-    return open_store(run.settings.store_uri).fetch(ref.digest, run.settings.root / "inputs" / ref.digest)
+    made = _report(run, gguf)
+    seconds, peak = made["metrics"]["conversion_seconds"], made["metrics"]["conversion_peak_bytes"]
+    weighed = made["details"]["weighed"]
+    return gguf_row(gguf.facts, seconds, one.imatrix, weighed, peak_bytes=peak, predicted=predicted, **scores)
 
 
 def _report(run: Stages, ref: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((_fetched(run, ref) / "report.json").read_text())
+    found: dict[str, Any] = json.loads((fetched(run.settings, ref.digest) / "report.json").read_text())
     return found
 
 

@@ -1,10 +1,10 @@
 """The pipeline's single parameter: data, base models, and one config a stage."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tasks.distill import DistillConfig
 from tasks.evaluate import EvaluateConfig
@@ -21,7 +21,10 @@ DELIVERED: list[Kind] = ["BF16", "Q8_0", "Q4_0", "Q4_K_M"]
 class FlowConfig(BaseModel):
     """A flow's single parameter: unknown settings are refused, docstrings are the help of its form."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True,
+        field_title_generator=lambda name, _: name.replace("_", " ").title(),  # else a group is called by its class
+    )  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -41,11 +44,15 @@ def given_files(**files: str | None) -> dict[str, str]:
     return {split: path for split, path in files.items() if path}
 
 
-def kinds_once(files: list[GgufConfig]) -> None:
-    """Raises ValueError when two GGUF files are of one kind: files are named by it."""
+def _kinds_once(files: list[GgufConfig]) -> list[GgufConfig]:
     kinds = [one.kind for one in files]
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"gguf names a kind twice: {', '.join(kinds)}")
+    return files
+
+
+GgufFiles = Annotated[list[GgufConfig], Field(min_length=1), AfterValidator(_kinds_once)]
+"""GGUF files to deliver: one of a kind, for they are named by it."""
 
 
 def without_teacher(student: DistillConfig) -> FineTuneConfig:
@@ -80,18 +87,16 @@ class PipelineConfig(FlowConfig):
     """Also fine-tune the student without a teacher, on the same rows for the same steps: what does distilling buy?"""
     ingest: IngestConfig = IngestConfig()
     teacher: FineTuneConfig = FineTuneConfig()
+    """How the teacher is fine-tuned on the rows."""
     student: DistillConfig = DistillConfig()
+    """How the student is trained: taught by the teacher, and for comparison (`direct`) without it. Its loss is
+    kd_weight * T^2 * divergence + ce_weight * cross-entropy."""
     outliers: OutlierConfig = OutlierConfig()
     merge: MergeConfig = MergeConfig()
-    gguf: list[GgufConfig] = Field(default=[GgufConfig(kind=kind) for kind in DELIVERED], min_length=1)
+    gguf: GgufFiles = [GgufConfig(kind=kind) for kind in DELIVERED]
     """The GGUF files to deliver, one of a kind."""
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
-
-    @model_validator(mode="after")
-    def _kinds_once(self) -> Self:
-        kinds_once(self.gguf)
-        return self
 
     @model_validator(mode="after")
     def _files_lie_on_the_grid(self) -> Self:

@@ -86,7 +86,8 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         verdict = run("gate", gate, config.gate, scores)
         shown = {"ingest": dataset, "teacher": teacher, "student": student, "outliers": outliers}
         shown |= {"direct": direct} if direct else {}
-        summary = publish(run, dataset, scores, shown, verdict)
+        made = {"teacher": teacher, "student": student, "merged": merged, **ggufs}
+        summary = publish(run, dataset, scores, shown, verdict, delivered=made)
         require_passed(verdict)
         return summary
 

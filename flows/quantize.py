@@ -7,16 +7,17 @@ model ── take ──┬── find outliers ──┐
 rows ── ingest ─┘
 """
 
-from typing import Any, Self
+from typing import Any
 
 from prefect import flow
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict
 
-from flows.config import DELIVERED, FlowConfig, given_files, kinds_once
+from flows.config import DELIVERED, FlowConfig, GgufFiles, given_files
 from flows.report import publish, show
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import verdict_table
+from tasks.core.refs import GgufRef
 from tasks.core.take import take_files, take_model
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
@@ -49,15 +50,10 @@ class QuantizeConfig(FlowConfig):
     outliers: OutlierConfig = OutlierConfig()
     merge: MergeConfig = MergeConfig()
     """Only `remedy` and its settings matter here; `none` skips the stage."""
-    gguf: list[GgufConfig] = Field(default=[GgufConfig(kind=kind) for kind in DELIVERED], min_length=1)
+    gguf: GgufFiles = [GgufConfig(kind=kind) for kind in DELIVERED]
     """The GGUF files to make, one of a kind."""
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
-
-    @model_validator(mode="after")
-    def _kinds_once(self) -> Self:
-        kinds_once(self.gguf)
-        return self
 
 
 @flow(name="stillhouse-quantize", validate_parameters=True, persist_result=False)
@@ -74,11 +70,12 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
         verdict_table(run, outliers)
         source = model if config.merge.remedy == "none" else run("remedy", merge, config.merge, model, dataset)
         scores = {"model": run("evaluate model", evaluate, config.evaluate, model, dataset, "model")}
+        made: dict[str, GgufRef] = {}
         for one in config.gguf:
-            gguf = run(f"gguf {one.kind}", convert, one, source, dataset, outliers=outliers)
+            made[one.kind] = gguf = run(f"gguf {one.kind}", convert, one, source, dataset, outliers=outliers)
             scores[one.kind] = run(f"evaluate {one.kind}", evaluate, config.evaluate, source, dataset, one.kind, gguf)
         verdict = run("gate", gate, config.gate, {"student": scores["model"]} | _files(scores))
-        summary = publish(run, dataset, scores, {"ingest": dataset, "outliers": outliers}, verdict)
+        summary = publish(run, dataset, scores, {"ingest": dataset, "outliers": outliers}, verdict, delivered=made)
         require_passed(verdict)
         return summary
 

@@ -11,6 +11,7 @@ from prefect.artifacts import create_link_artifact
 from prefect.runtime import flow_run
 from pydantic import BaseModel
 
+from tasks.core.inputs import remove_unused
 from tasks.core.mlflow_run import Run
 from tasks.core.settings import Settings
 from tasks.core.shell import used_as
@@ -32,6 +33,7 @@ class Stages:
         self._config = config
 
     def __enter__(self) -> Self:
+        remove_unused(self.settings)
         open_store(self.settings.store_uri).check()
         logger = get_run_logger()
         self.tracker: Tracker = tracker(self.settings, logger.warning)

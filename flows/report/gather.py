@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tasks.core.inputs import fetched
 from tasks.core.paired import Prediction, disagreements, read_predictions
 from tasks.core.refs import ReportRef
 from tasks.core.settings import Settings
 from tasks.core.shell import AnyRef
-from tasks.core.store import open_store
 
 SHOWN_DISAGREEMENTS = 12
 
@@ -52,15 +52,10 @@ def gather(
     settings: Settings, scores: Mapping[str, ReportRef], shown: Mapping[str, AnyRef], gate: ReportRef | None
 ) -> Gathered:
     """Fetches the artifacts; `shown` are those whose loss curves and pictures the page has."""
-    store = open_store(settings.store_uri)
-
-    def fetched(ref: AnyRef) -> Path:
-        return store.fetch(ref.digest, settings.root / "inputs" / ref.digest)
-
-    evaluations = [read_evaluation(name, fetched(ref)) for name, ref in scores.items()]
-    directories = {name: fetched(ref) for name, ref in shown.items()}
+    evaluations = [read_evaluation(name, fetched(settings, ref.digest)) for name, ref in scores.items()]
+    directories = {name: fetched(settings, ref.digest) for name, ref in shown.items()}
     curves = [read_curve(name, directory / "report" / "events.jsonl") for name, directory in directories.items()]
-    verdict = fetched(gate) if gate is not None else None
+    verdict = fetched(settings, gate.digest) if gate is not None else None
     student = directories.get("student") or next(iter(directories.values()), None)
     return Gathered(
         evaluations,

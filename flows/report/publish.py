@@ -29,12 +29,14 @@ def publish(
     gate: ReportRef | None = None,
     kinds: Mapping[str, str] = STAGE_OF,
     more: Mapping[str, Any] | None = None,
+    delivered: Mapping[str, AnyRef] | None = None,
 ) -> dict[str, Any]:
     """Writes the report's directory, logs it to MLflow and Prefect, and returns the summary.
 
     `summary.json` is a contract: `models` (rates as fractions, bytes, tokens per second), `evaluations` (all facts by
-    name), `gate`, `dataset`, `stages` (name, seconds, cached), `flow_run_id`, `mlflow_run_id`. Beside it lie
-    `index.html`, which needs no other file, and `predictions/<model>.jsonl`, which `flows.compare` reads. `shown` are
+    name), `gate`, `dataset`, `stages` (name, seconds, cached), `artifacts` (digests by name of what is `delivered`,
+    for `flows.fetch`), `flow_run_id`, `mlflow_run_id`. Beside it lie `index.html`, which needs no other file, and
+    `predictions/<model>.jsonl`, which `flows.compare` reads. `shown` are
     the artifacts whose pictures and loss curves the page has; `kinds` says which of the page's colours a model has (a
     GGUF file's where it says nothing); `more` is put into the summary (`comparisons`: see `flows.ablation`).
     """
@@ -45,6 +47,7 @@ def publish(
         "gate": dict(gate.facts) if gate is not None else None,
         "dataset": {"digest": dataset.digest, **dataset.facts},
         "stages": run.records,
+        "artifacts": {name: ref.digest for name, ref in (delivered or {}).items()},
         "flow_run_id": run.flow_run_id,
         "mlflow_run_id": run.mlflow.run_id,
         **(more or {}),

@@ -1,6 +1,6 @@
 """The bake-off's rows side by side, those of the GGUF stage among them: a table and a plot. No torch.
 
-rows = [*bake_rows, *(gguf_row(report, speed) for ...)]
+rows = [*bake_rows, *(gguf_row(facts, seconds, imatrix, weighed) for ...)]
 (report / "bakeoff.md").write_text(markdown(rows)); draw(rows, report / "bakeoff.png")
 """
 
@@ -14,9 +14,12 @@ COLUMNS = (
 GOOD, BEARABLE = (0.05, 0.95), (0.5, 0.8)  # mean KL and top-1, as the outliers stage judges its own trials
 
 
-def gguf_row(facts: dict[str, Any], seconds: float, imatrix: bool, **more: Any) -> Row:
-    """A row from the facts of a GGUF ref (`format`, `bytes`, `mean_kl`, `top1`) and its stage's seconds."""
-    method = f"GGUF {facts['format']}{' + imatrix' if imatrix else ''}"
+def gguf_row(facts: dict[str, Any], seconds: float, imatrix: bool, weighed: int, **more: Any) -> Row:
+    """A row from the facts of a GGUF ref (`format`, `bytes`, `mean_kl`, `top1`) and the seconds of its conversion.
+
+    `imatrix` says whether an importance matrix was asked for, `weighed` how many tensors it was used for.
+    """
+    method = f"GGUF {facts['format']}{' + imatrix' if weighed else ', imatrix unused' if imatrix else ''}"
     kept: Row = {key: facts[key] for key in ("bytes", "mean_kl", "top1") if key in facts}
     return {"method": method, "dtype": "float32", "seconds": seconds, "not_finite": 0, **kept, **more}
 

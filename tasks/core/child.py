@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tasks.core.warm import Nursery, WarmChild
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0  # Prefect's own grace for a cancelled run is 30 s for the whole process group
 LOG_LINES = 30
+OF_TORCHRUN = 80  # lines at most, with their beginning
+TORCHRUN = "torch/distributed/elastic/multiprocessing/api.py"
 NURSERY = Nursery()
 
 
@@ -47,6 +50,7 @@ def run_command(
     """
     work.mkdir(parents=True, exist_ok=True)
     log, events = work / "log.txt", work / "events.jsonl"
+    log.touch()  # a fork of a busy machine makes it late
     events.touch()
     environment = {
         "GOMP_SPINCOUNT": "20000",
@@ -106,7 +110,8 @@ def _follow(
         if grown != sizes:
             sizes, alive = grown, now
         if now - alive > stall_seconds:
-            os.kill(child.pid, signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
+            with suppress(ProcessLookupError):  # it ended just now
+                os.kill(child.pid, signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
             time.sleep(1)
             raise Stalled(f"no sign of life for {stall_seconds:.0f} s; stopped. Its stacks:\n{tail(log)}")
         if now - started > timeout_seconds:
@@ -141,10 +146,14 @@ def _error(module: str, code: int, work: Path) -> StageError:
 
 
 def tail(path: Path, lines: int = LOG_LINES) -> str:
-    """The last lines of a log, each cut at 500 characters."""
+    """The last lines of a log, each cut at 500 characters, without those in which torchrun says that its processes
+    ended."""
     if not path.exists():
         return ""
-    return "\n".join(line[:500] for line in path.read_text(errors="replace").splitlines()[-lines:])
+    told = path.read_text(errors="replace").splitlines()
+    late = range(max(0, len(told) - OF_TORCHRUN), len(told))
+    end = next((number for number in late if TORCHRUN in told[number]), len(told))
+    return "\n".join(line[:500] for line in told[:end][-lines:])
 
 
 def stop_tree(pid: int, grace_seconds: float = GRACE_SECONDS) -> None:
@@ -154,8 +163,10 @@ def stop_tree(pid: int, grace_seconds: float = GRACE_SECONDS) -> None:
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    root.terminate()
+    with suppress(psutil.NoSuchProcess):  # another process reaps a warm child
+        root.terminate()
     _, alive = psutil.wait_procs(family, timeout=grace_seconds)
     for process in alive:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=5)

@@ -36,6 +36,7 @@ from tasks.core.job import Job
 from tasks.core.parent import die_with_parent, name_process
 from tasks.core.provenance import provenance
 from tasks.core.refs import Fact, ModelDir
+from tasks.core.whole import fault
 
 
 class Report(BaseModel):
@@ -63,7 +64,7 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
     arguments = vars(_parser(stage, hints).parse_args(argv))
     out, work = Path(arguments.pop("out")), arguments.pop("work")
     work = Path(work) if work else out.with_name(out.name + ".work")
-    rank = _rank()
+    rank = int(os.environ.get("RANK", "0"))  # among those that torchrun started
     job = Job(work, rung=arguments.pop("rung"), bar=sys.stderr.isatty(), rank=rank)
     if rank == 0:
         (work / "error.json").unlink(missing_ok=True)
@@ -102,17 +103,6 @@ def _say(report: Report, out: Path) -> None:
     print("; ".join([str(out), *(f"{name} {value}" for name, value in report.facts.items())]), file=sys.stderr)
 
 
-def _rank() -> int:
-    """This process's number among those that torchrun started; it is given one GPU, before any library looks."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        cards = visible.split(",") if visible else [str(local)] * (local + 1)
-        if local < len(cards):
-            os.environ["CUDA_VISIBLE_DEVICES"] = cards[local]
-    return int(os.environ.get("RANK", "0"))
-
-
 def _parser(stage: Callable[..., Report], hints: dict[str, Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=inspect.getdoc(stage))
     parser.add_argument("config", help="the stage's config as JSON")
@@ -142,10 +132,18 @@ def _config(model: type[BaseModel], path: Path) -> BaseModel:
 def _input(hint: Any, value: Any) -> Any:
     if _is_mapping(hint):
         pairs = (text.partition("=") for text in value)
-        return {name: ModelDir.parse(directory) for name, _, directory in pairs}
+        return {name: _model(directory) for name, _, directory in pairs}
     if ModelDir in (hint, *get_args(hint)):
-        return ModelDir.parse(value)
+        return _model(value)
     return Path(value)
+
+
+def _model(text: str) -> ModelDir:
+    model = ModelDir.parse(text)
+    for directory in model:
+        if directory and (said := fault(directory)):
+            raise BadConfig(said)
+    return model
 
 
 def _is_mapping(hint: Any) -> bool:

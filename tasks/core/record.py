@@ -44,6 +44,14 @@ def record_output(run: Run, store: Store, made: Made, out: Path, label: str) -> 
     run.flush()
 
 
+def record_failed(tracker: Tracker, run: Run, report: Path) -> None:
+    """What a command had written for people before it failed; on this machine it is overwritten by the next try."""
+    if report.is_dir():
+        run.artifacts(report, "report")
+        if link := tracker.link(run):
+            tracker.warn(f"what it wrote before it failed is in MLflow: {link}/artifacts/report")
+
+
 def record_cached(tracker: Tracker, store: Store, label: str, config: StageConfig, made: Made) -> None:
     """A stage found in the cache: its settings and final numbers, and its whole history if MLflow never saw it."""
     seen = tracker.seen(made.digest)

@@ -20,10 +20,11 @@ from prefect.states import Completed
 from tasks.core.cache import cache_key
 from tasks.core.child import run_command
 from tasks.core.config import StageConfig
-from tasks.core.errors import OutOfMemory
+from tasks.core.errors import OutOfMemory, StageError
+from tasks.core.inputs import fetched, in_use
 from tasks.core.mlflow_run import Run
 from tasks.core.progress import ProgressView
-from tasks.core.record import record_cached, record_inputs, record_output, system_metrics
+from tasks.core.record import record_cached, record_failed, record_inputs, record_output, system_metrics
 from tasks.core.refs import AdapterRef, DatasetRef, FilesRef, GgufRef, ModelDir, ModelRef, ReportRef
 from tasks.core.settings import Settings
 from tasks.core.slot import gpu_slot
@@ -70,23 +71,19 @@ def run_stage(
     key = cache_key(stage, config, given)
     scratch = settings.root / "scratch" / f"{stage}-{key[:16]}"
     warn = get_run_logger().warning
-    with _alone(scratch):
+    with in_use(settings), _alone(scratch):
         made = _cached(store, stage, key, kind)
         if made is not None:
             record_cached(tracker(settings, warn), store, label, config, made)
             return cast(R, Completed(name="Cached", message=f"{label}: {stage}/{key[:16]}", data=made))
         with tracker(settings, warn).stage(label) as run, ProgressView(label, get_run_logger()) as view:
             record_inputs(run, config, given)
-            _run(
-                stage,
-                config,
-                {**given, **{name: ref for name, ref in (helps or {}).items() if ref}},
-                store,
-                scratch,
-                run,
-                view,
-                settings,
-            )
+            helping = {name: ref for name, ref in (helps or {}).items() if ref}
+            try:
+                _run(stage, config, {**given, **helping}, scratch, run, view, settings)
+            except StageError:
+                record_failed(tracker(settings, warn), run, scratch / "out" / "report")
+                raise
             made = _publish(store, scratch / "out", kind, fields, view)
             record_output(run, store, made, scratch / "out", label)
             store.write_index(stage, key, made.model_dump(mode="json"))
@@ -104,8 +101,8 @@ def _cached(store: Store, stage: str, key: str, kind: type[R]) -> R | None:
 
 
 def _run(
-    stage: str, config: StageConfig, inputs: Mapping[str, Input], store: Store, scratch: Path, run: Run,
-    view: ProgressView, settings: Settings,
+    stage: str, config: StageConfig, inputs: Mapping[str, Input], scratch: Path, run: Run, view: ProgressView,
+    settings: Settings,
 ) -> None:  # fmt: skip
     """The command, from fetching its inputs to its exit; after an out-of-memory error again at once, a rung lower."""
     work, rung = scratch / "work", scratch / "rung"
@@ -113,7 +110,7 @@ def _run(
         rungs = rung.read_text() if rung.exists() else "0"
         run.tags(**{f"attempt.{task_run.get_run_count() or 1}": f"taken up again, {rungs} rungs down"})
     (scratch / "config.json").write_text(config.model_dump_json(indent=1))
-    arguments = [str(scratch / "config.json"), *_fetched(store, inputs, settings.root / "inputs", view)]
+    arguments = [str(scratch / "config.json"), *_options(inputs, settings, view)]
     arguments += ["--out", str(scratch / "out"), "--work", str(work)]
     with gpu_slot(settings, get_run_logger()), system_metrics(run, settings):
 
@@ -157,13 +154,13 @@ def descend(start: Callable[[int], None], rung: Path, run: Run, warn: Callable[[
                 raise
 
 
-def _fetched(store: Store, inputs: Mapping[str, Input], root: Path, view: ProgressView) -> Iterator[str]:
+def _options(inputs: Mapping[str, Input], settings: Settings, view: ProgressView) -> Iterator[str]:
     """The inputs as options of the command: fetched, verified, `--name DIR` or `--name NAME=DIR` for each of many."""
 
     def directory(ref: AnyRef) -> ModelDir:
-        own = store.fetch(ref.digest, root / ref.digest, view.progress)
+        own = fetched(settings, ref.digest, view.progress)
         if isinstance(ref, AdapterRef):
-            return ModelDir(store.fetch(ref.base.digest, root / ref.base.digest, view.progress), own)
+            return ModelDir(fetched(settings, ref.base.digest, view.progress), own)
         return ModelDir(own)
 
     for name, value in inputs.items():

@@ -1,6 +1,5 @@
 """Takes a user's files and base models into the store, so that every machine works on the same verified bytes."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from tasks.core.retry import TASK
 from tasks.core.settings import Settings
 from tasks.core.sources import gather
 from tasks.core.store import open_store
+from tasks.core.whole import fault
 
 # Configs, tokenizers and templates, and weights as safetensors only: a pickle is never taken.
 MODEL_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
@@ -53,44 +53,13 @@ def take_model(source: str, revision: str | None = None) -> ModelRef:
 
 
 def _require_whole(source: str, directory: Path) -> None:
-    """Raises `BadConfig` for what a copy of a model often lacks: better now than after an hour."""
+    """Raises `BadConfig` for a directory that is no model, or not all of one."""
     if not (directory / "config.json").exists():
         raise BadConfig(f"{source}: {directory} holds no config.json, so it is not a model in Hugging Face's layout")
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
+    if not any(directory.glob("*.safetensors")):
         raise BadConfig(f"{source}: no *.safetensors in {directory}; convert its weights first (pickles are refused)")
-    index = directory / "model.safetensors.index.json"
-    for path in (directory / "config.json", *([index] if index.is_file() else [])):
-        try:
-            read = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise BadConfig(f"{source}: {path} is not JSON ({error}): copy or download it again") from error
-    listed = set(read.get("weight_map", {}).values())
-    if lacking := sorted(listed - {path.name for path in weights}):
-        raise BadConfig(
-            f"{source}: {directory} lacks {lacking[0]} ({len(lacking)} of {len(listed)} files): copy it again"
-        )
-    for path in weights:
-        if fault := _fault(path):
-            raise BadConfig(f"{source}: {path} {fault}")
-
-
-def _fault(weights: Path) -> str | None:
-    """What is wrong with a safetensors file, by its header and its size; None when nothing is."""
-    size = weights.stat().st_size
-    with weights.open("rb") as file:
-        first = file.read(8)
-        if first == b"version ":
-            return "is a pointer of git-lfs, not weights: run git lfs pull there"
-        length = int.from_bytes(first, "little")
-        try:
-            header = json.loads(file.read(length)) if length < size else None
-        except ValueError:
-            return "is no safetensors file: its header is not JSON"
-    tensors = [one for name, one in header.items() if name != "__metadata__"] if header is not None else []
-    if header is None or size != 8 + length + max((one["data_offsets"][1] for one in tensors), default=0):
-        return "is cut off: copy or download it again"
-    return None
+    if said := fault(directory):
+        raise BadConfig(f"{source}: {said}")
 
 
 def _download(name: str, revision: str | None) -> Path:

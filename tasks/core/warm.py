@@ -19,6 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tasks.core.parent import die_with_parent, name_process
@@ -31,6 +32,8 @@ PRELOAD = [
     "matplotlib.pyplot",
     "gguf",
 ]
+# The kernel's parent is a thread: a warm process started by one that ends would be told to die with it.
+STARTER = ThreadPoolExecutor(1, thread_name_prefix="warm")
 
 
 class WarmChild:
@@ -56,32 +59,54 @@ class Nursery:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, module: str, arguments: Sequence[str], log: Path, environment: dict[str, str]) -> WarmChild | None:
-        """Runs the module in a fork; None when another command runs in one already."""
+        """Runs the module in a fork; None when another command runs in one already, or the warm process is gone."""
         if not self._lock.acquire(blocking=False):
             return None
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.core.warm"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, env=environment,
-            )  # fmt: skip
-        request = {"module": module, "arguments": list(arguments), "log": str(log), "environment": environment}
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        told = self._process.stdout.readline()
-        if not told:  # it could not even import: let the command itself say why
-            self._lock.release()
-            return None
-        return WarmChild(json.loads(told)["pid"], self)
+        child = None
+        try:
+            self._warm_up(environment)
+            request = {"module": module, "arguments": list(arguments), "log": str(log), "environment": environment}
+            with contextlib.suppress(BrokenPipeError):  # it died since it was last looked at
+                self._say(json.dumps(request).encode() + b"\n")
+            if told := self._hear():  # nothing where it could not even import: let the command itself say why
+                child = WarmChild(json.loads(told)["pid"], self)
+        finally:
+            if child is None:  # interrupted, too: a command that nobody follows must not start
+                if self._process:
+                    self._process.kill()
+                    self._process.wait()
+                self._lock.release()
+        return child
 
     def exit_code(self, pid: int) -> int | None:
-        """The exit code of the running fork, once; a warm process that died took it along."""
+        """The exit code of the running fork, once; a warm process that died takes it along."""
         assert self._process and self._process.stdout
         if not select.select([self._process.stdout], [], [], 0)[0]:
             return None
-        told = self._process.stdout.readline()
+        told = self._hear()
+        if not told:  # the fork was told to stop, and may take its time: the next try needs its directory
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._lock.release()
         return int(json.loads(told)["code"]) if told else -signal.SIGKILL
+
+    def _warm_up(self, environment: dict[str, str]) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self._process = STARTER.submit(
+                subprocess.Popen,
+                [sys.executable, "-m", "tasks.core.warm"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, env=environment, bufsize=0,
+            ).result()  # fmt: skip
+
+    def _say(self, line: bytes) -> None:
+        assert self._process and self._process.stdin
+        while line:
+            line = line[self._process.stdin.write(line) :]
+
+    def _hear(self) -> bytes:
+        """A line and no byte more (the pipe has no buffer), so that `select` sees the next one."""
+        assert self._process and self._process.stdout
+        return self._process.stdout.readline()
 
 
 def main() -> None:
@@ -93,11 +118,16 @@ def main() -> None:
     for name in PRELOAD:
         with contextlib.suppress(ImportError):  # a stage that needs it says so itself
             importlib.import_module(name)
+    warm = os.getpid()
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
             os.close(tell)
+            os.environ["STILLHOUSE_PARENT"] = str(warm)
+            die_with_parent()
+            if os.getppid() != warm:  # it died before it could be our death, too
+                os._exit(1)
             _run(**request)
         os.write(tell, json.dumps({"pid": pid}).encode() + b"\n")
         _, status = os.waitpid(pid, 0)

@@ -22,6 +22,7 @@ from tasks.distill.lessons import Lessons
 from tasks.distill.teachers import Remembered, remembered
 from tasks.engine.chat import IGNORE, Example, turn_end
 from tasks.engine.head import unwrap
+from tasks.engine.load import cap_scores
 from tasks.engine.losses import Mix
 from tasks.engine.plan import Objective, Plan, validation_losses
 from tasks.engine.trainer import train
@@ -106,6 +107,7 @@ def answer(
 ) -> list[Example]:  # fmt: skip
     """The examples' prompts, each with an answer sampled at temperature 1 and no longer than the longest label."""
     unwrap(model).set_attn_implementation("sdpa")  # packed attention has no cache
+    cap_scores(unwrap(model))
     model.train(False)
     end, found = turn_end(tokenizer), list[Example]()
     longest = max(len(example.answer_ids) for example in examples)

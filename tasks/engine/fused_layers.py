@@ -118,9 +118,12 @@ class FusedAttention(nn.Module):
         return self.write(out.reshape(*hidden_states.shape[:-1], -1))[0], weights
 
 
-def fuse_adapters(model: PreTrainedModel, keep: bool = True, fp8: bool = False, split: bool = False) -> list[LoraGroup]:
+def fuse_adapters(
+    model: PreTrainedModel, keep: bool = True, fp8: bool = False, split: bool = False, dtype: torch.dtype | None = None
+) -> list[LoraGroup]:
     """Fuses what can be; the groups made, none for a model without plain LoRA adapters. `keep`, `fp8`, `split`: see
-    `How`; with `split` the layers are split over the processes as well."""
+    `How`; with `split` the layers are split over the processes as well, and put together in `dtype` where all weights
+    are trained."""
     how = How(keep, fp8, split)
     for parent in list(unwrap(model).modules()):
         for name, child in list(parent.named_children()):
@@ -137,7 +140,7 @@ def fuse_adapters(model: PreTrainedModel, keep: bool = True, fp8: bool = False, 
     if split:
         multiplied = {id(member.get_base_layer().weight) for group in groups for member in group.members}
         kept = [p for p in body.parameters() if groups and (p.requires_grad or id(p) in multiplied)]
-        split_layers(body, layers_of(model), kept)
+        split_layers(body, layers_of(model), kept, dtype if unwrap(model) is model else None)
     if groups:  # before fsdp2's own hook, which begins to put weights together
         body.register_forward_pre_hook(lambda *_: refresh(groups), prepend=True)
     return groups

@@ -11,6 +11,7 @@ is never made twice. The residual stream is in the autocast dtype, as it is when
 are Gemma 3's, and all of them trained, they run as tasks.engine.stack writes them.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tasks.core.errors import BadConfig
 from tasks.engine import processes, split
 from tasks.engine.batches import Batch
 from tasks.engine.chat import IGNORE
@@ -65,9 +67,9 @@ class Graphs:
 
     def __init__(
         self, model: PreTrainedModel, objective: Callable[[PreTrainedModel, Batch], Sums], most: dict[int, int],
-        stack: bool = True,
+        stack: bool = True, warn: Callable[[str], None] = warnings.warn,
     ) -> None:  # fmt: skip
-        self.model, self.objective, self.most = model, objective, most
+        self.model, self.objective, self.most, self.warn = model, objective, most, warn
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.trained.sort(key=split.is_split)  # whole ones first
         held = [split.own(p) for p in self.trained]
@@ -95,7 +97,7 @@ class Graphs:
             and len(self.trained) == len(list(unwrap(model).base_model.parameters()))
         )  # fmt: skip
         self.leaves_factor = self.current = self.alone = False
-        self.runs = 0
+        self.runs, self.captures = 0, True
         self.warm: set[tuple[Any, ...]] = set()
         self.captured: dict[tuple[Any, ...], _Captured] = {}
 
@@ -149,16 +151,33 @@ class Graphs:
         self.runs += 1
         shape = tuple((name, tuple(v.shape)) for name, v in sorted(batch.items()) if isinstance(v, Tensor))
         key = (*shape, batch["longest"])
-        if key in self.warm:
-            if (key, fresh) not in self.captured:
-                torch.cuda.empty_cache()
-                pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
-                self.captured[key, fresh] = _Captured(batch, lambda batch: self._work(batch, fresh), pool)
+        if key in self.warm and self.captures and (key, fresh) not in self.captured:
+            self._capture((key, fresh), batch)
+        if (key, fresh) in self.captured:
             return self.captured[key, fresh].replay(batch)
+        if key in self.warm:
+            return self._work(batch, fresh)
         self.captured.clear()  # their memory is needed: the first time, a shape runs (and compiles) without a graph
         torch.cuda.empty_cache()
         self.warm.add(key)
         return self._work(batch, fresh)
+
+    def _capture(self, key: tuple[Any, bool], batch: Batch) -> None:
+        """Nothing that is captured runs: a model that cannot be, for it waits for the device (Gemma 3n makes tensors of
+        host numbers), goes on without graphs. One that is split cannot: it would stop between two collectives."""
+        torch.cuda.empty_cache()
+        pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
+        try:
+            self.captured[key] = _Captured(batch, lambda batch: self._work(batch, key[1]), pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            if any(map(split.is_split, self.model.parameters())):
+                raise BadConfig(f"a micro-batch cannot be a CUDA graph: {reason}. Set cuda_graphs=off") from error
+            self.captures = False
+            self.close()
+            self.warn(f"micro-batches run without CUDA graphs: {reason}")
 
     def _work(self, batch: Batch, fresh: bool = False) -> Sums:
         """Adds the batch's gradients to what is there; `fresh`: puts them in its place."""

@@ -147,7 +147,7 @@ def load_model(
         _compute_in(loaded, dtype)
     if dtype == torch.float16:
         keep_range(loaded)
-    _cap_scores(loaded)
+    cap_scores(loaded)
     if model.adapter is not None:
         _need(model.adapter, "adapter_model.safetensors", "the adapter's weights")
         loaded = attach(loaded, model, device)
@@ -176,7 +176,7 @@ def is_four_bit(config: PretrainedConfig) -> bool:
     return True
 
 
-def _cap_scores(model: PreTrainedModel) -> None:
+def cap_scores(model: PreTrainedModel) -> None:
     """Where attention's scores are capped (Gemma 2), transformers' plain attention: the others leave the cap out."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None):

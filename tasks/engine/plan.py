@@ -141,7 +141,9 @@ def quicken(plan: Plan, model: PreTrainedModel, batches: Feed) -> None:
     config = plan.config
     if plan.is_split and plan.fp8:
         raise BadConfig("fp8 needs whole weights: set strategy=ddp, or fp8=false")
-    fused = fuse_adapters(model, not config.gradient_checkpointing, plan.fp8, plan.is_split)
+    dtype = pick_dtype(config.precision, model.device.type)
+    half = dtype if dtype == torch.bfloat16 else None
+    fused = fuse_adapters(model, not config.gradient_checkpointing, plan.fp8, plan.is_split, half)
     small = sum(group.fp8 for group in fused) // 2
     if plan.fp8 and not small:
         raise BadConfig(
@@ -178,7 +180,10 @@ def graphs_for(plan: Plan, batches: Feed, model: PreTrainedModel) -> Graphs | No
     if config.cuda_graphs == "off" or config.optimizer != "adamw":
         return None
     stack = not (config.gradient_checkpointing or plan.is_split)
-    return Graphs(model, lambda model, batch: loss_sums(plan, model, batch), most_labels(batches), stack)
+    return Graphs(
+        model, lambda model, batch: loss_sums(plan, model, batch), most_labels(batches), stack,
+        lambda text: plan.job.log(text, "warning"),
+    )  # fmt: skip
 
 
 def loss_sums(plan: Plan, model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,7 +30,11 @@ def join() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         wanted, device = int(os.environ["WORLD_SIZE"]), "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and torch.version.cuda and Path("/dev/nvidia0").exists():  # the others may have a card
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+            raise BadConfig(f"processes={wanted}, and there is no GPU {seen}: set processes to the number of GPUs")
         if device == "cuda":
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # in a graph it fails on expandable segments' memory
             dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device("cuda", 0))  # the card it sees
         else:
             dist.init_process_group("gloo", timeout=PATIENCE)

@@ -1,15 +1,16 @@
-"""FSDP2: a layer's weights, their gradients and optimizer state split over the processes (torch's `fully_shard`).
+"""FSDP2: a layer's matrices, their gradients and optimizer state split over the processes (torch's `fully_shard`).
 
 A weight that is split is a DTensor and holds this process's part; its backward leaves the part of its gradient, summed
-over all processes. Embedding, head, last norm and fused adapters stay whole everywhere.
+over all processes. Embedding, head, norms, biases and fused adapters stay whole everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tasks.core.errors import BadConfig
@@ -18,27 +19,32 @@ from tasks.engine.processes import count, rank
 UNIT = 1 << 28  # bytes of weights put together at once: what that takes of the host's time does not depend on them
 
 
-def split_layers(body: nn.Module, layers: Sequence[nn.Module], kept: Sequence[nn.Parameter] = ()) -> None:
-    """The weights of each layer are split and whole only while it works, small layers' with their neighbours'.
+def split_layers(
+    body: nn.Module, layers: Sequence[nn.Module], kept: Iterable[nn.Parameter] = (), dtype: torch.dtype | None = None
+) -> None:
+    """The matrices of each layer are split and whole only while it works, small layers' with their neighbours'.
 
-    Embedding, head, last norm and `kept` are not: the chunked loss takes the head's weight by itself.
+    Embedding, head, vectors and `kept` are not: the chunked loss takes the head's weight by itself. With `dtype`
+    matrices are put together in it, and their gradients summed in float32.
     """
     if any(type(p).__name__ == "Params4bit" for p in body.parameters()):
         raise BadConfig("4-bit weights cannot be split over processes: set strategy=ddp, or method=lora")
-    mesh, whole_ones = init_device_mesh(next(body.parameters()).device.type, (count(),)), {id(p) for p in kept}
+    mesh = init_device_mesh(next(body.parameters()).device.type, (count(),))
+    kept = {p for p in body.parameters() if p.dim() < 2} | set(kept)
+    policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
     unit, size = list[nn.Module](), 0
     for layer in layers:
         unit.append(layer)
-        size += sum(p.numel() * p.element_size() for p in layer.parameters() if id(p) not in whole_ones)
+        size += sum(p.numel() * (dtype or p.dtype).itemsize for p in layer.parameters() if p not in kept)
         if size >= UNIT or layer is layers[-1]:
             # The last ones too: what a validation left whole, a graph captured next would read when it is long freed.
-            fully_shard(cast(Any, unit), mesh=mesh, reshard_after_forward=True, ignored_params=set(kept))
+            fully_shard(cast(Any, unit), mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=kept)
             of_unit = cast(FSDPModule, layer)
             of_unit.set_gradient_divide_factor(1.0)  # a sum, as everywhere
             of_unit.set_force_sum_reduction_for_comms(True)
             unit, size = [], 0
-    inside = {id(p) for layer in layers for p in layer.parameters()} - whole_ones
-    fully_shard(body, mesh=mesh, ignored_params={p for p in body.parameters() if id(p) not in inside})
+    inside = {p for layer in layers for p in layer.parameters()} - kept
+    fully_shard(body, mesh=mesh, ignored_params=set(body.parameters()) - inside)
 
 
 def is_split(tensor: Tensor) -> bool:
@@ -75,3 +81,16 @@ def joined_like(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, fused, over what this process holds of each parameter: whole and split ones torch takes one by one."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr, fused=True)
+
+    def _init_group(self, group: dict[str, Any], *found: list[Tensor]) -> bool:
+        has_complex: bool = cast(Any, super())._init_group(group, *found)
+        for tensors in found:  # parameters, gradients, moments, steps
+            tensors[:] = map(own, tensors)
+        return has_complex

@@ -18,7 +18,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PrinterCallback
 
 from tasks.core.errors import BadConfig, Diverged
-from tasks.engine import checkpoint, processes
+from tasks.engine import checkpoint, processes, split
 from tasks.engine.ahead import Ahead
 from tasks.engine.batches import Batch, collate, to_device
 from tasks.engine.delayed import Coming, Sums
@@ -109,7 +109,7 @@ class GuardedTrainer(Resumable):
             data_collator=cast(Any, lambda items: items[0]),
             train_dataset=Ahead(batches, self._prepared, device == "cuda"),
             callbacks=[self.reporter],
-            optimizer_cls_and_kwargs=self.graphs.optimizer(config.learning_rate * scale) if self.graphs else None,
+            optimizer_cls_and_kwargs=self._own_optimizer(config.learning_rate * scale),
         )
         if processes.rank():
             torch.manual_seed(config.seed + processes.rank())  # each process drops others of its rows' activations
@@ -119,6 +119,12 @@ class GuardedTrainer(Resumable):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # or training_step divides by the number of micro-batches once more
         model.config.use_cache = self._use_cache  # Trainer switches it off, and it would be saved
+
+    def _own_optimizer(self, rate: float) -> tuple[Any, dict[str, Any]] | None:
+        """The optimizer's class and settings; None for transformers' choice."""
+        if self.is_split:
+            return split.AdamW, {"lr": rate}
+        return self.graphs.optimizer(rate) if self.graphs else None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, and no graph outlives it."""
@@ -204,14 +210,13 @@ class GuardedTrainer(Resumable):
         """Takes the step's numbers off the device, and looks at them before the optimizer does.
 
         With graphs the look comes during the next step, so that the device never waits for it; a step whose gradient
-        is not finite moves nothing all the same, since the optimizer is told so on the device. (AdamW takes no word for
-        parameters that are split.)
+        is not finite moves nothing all the same, since the optimizer is told so on the device.
         """
         norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
         asked = [float(self.tokens), float(self.plan.job.stop_requested), float(self.reporter.wants_checkpoint())]
         step, rate = self.state.global_step + 1, self._get_learning_rate()
         self._coming = self._sums.send(asked, norm, step, self.rows, self.labels, rate)
-        if self.graphs is None or len(self.graphs.parts):
+        if self.graphs is None:
             self.catch_up()
         else:
             cast(Any, self._plain_optimizer()).found_inf = (~norm.isfinite()).float()

@@ -39,7 +39,7 @@ class GgufConfig(StageConfig):
     sensitive_percent: float = Field(default=5.0, ge=0, le=100)
     """How much larger better types for sensitive tensors may make the file, where `budget_mb` does not say it."""
     imatrix: bool = True
-    """Weigh rounding errors by the importance matrix when the outliers stage made one."""
+    """Weigh rounding errors by the importance matrix when the outliers stage made one; Q8_0 and floats ignore it."""
     name: str = Field(default="stillhouse", min_length=1)
     """`general.name` in the file's metadata, which servers show."""
     proof_rows: int = Field(default=32, ge=1)

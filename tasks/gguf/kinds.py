@@ -44,3 +44,5 @@ KINDS = {
 }
 NEED_IMATRIX = ("Q2_K_S", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 """Kinds that llama.cpp refuses to make without an importance matrix, or that are garbage without one."""
+IGNORE_IMATRIX = ("F32", "F16", "BF16", "Q8_0")
+"""Types of tensors whose rounding ggml does not weigh."""

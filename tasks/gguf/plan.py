@@ -18,7 +18,7 @@ from tasks.engine.ggml_types import FLOATS, TYPES, tensor_bytes
 from tasks.gguf import GgufConfig
 from tasks.gguf.header import TensorInfo, file_bytes, pack_text, pack_uint32
 from tasks.gguf.imatrix import read_imatrix
-from tasks.gguf.kinds import KINDS, NEED_IMATRIX
+from tasks.gguf.kinds import IGNORE_IMATRIX, KINDS, NEED_IMATRIX
 from tasks.gguf.mixture import Wanted, choose
 from tasks.gguf.roles import layer_order, role
 from tasks.gguf.sensitive import Raise, sentence
@@ -87,6 +87,12 @@ class Plan(NamedTuple):
     def types(self) -> dict[str, int]:
         """How many tensors have which type."""
         return dict(sorted(Counter(tensor.type for tensor in self.tensors).items()))
+
+    @property
+    def weighed(self) -> list[Planned]:
+        """The tensors whose rounding the importance matrix weighs."""
+        known = read_imatrix(self.imatrix).weights if self.imatrix else {}
+        return [tensor for tensor in self.tensors if tensor.name in known and tensor.type not in IGNORE_IMATRIX]
 
     @property
     def needs_imatrix(self) -> str | None:

@@ -67,6 +67,7 @@ def convert(
         warnings=warnings,
         details={
             "plan": plan.sentence(), "tensors": plan.table(), "types": plan.types, "proof": proof.details,
+            "weighed": len(plan.weighed),
             "sensitive": [step._asdict() for step in plan.advice], "raised": plan.raised,
         },
     )  # fmt: skip

@@ -20,7 +20,7 @@ Format = Literal[
 
 
 class IngestConfig(StageConfig):
-    """How files become a dataset."""
+    """How files become a checked dataset: what their rows look like, which are held out, which are refused."""
 
     format: Format = "auto"
     """Shape of the rows; `auto` recognises each file by the fields of its first rows."""

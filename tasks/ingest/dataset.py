@@ -20,7 +20,7 @@ from tasks.ingest.profile import SPLITS, Profile, count_intents, count_reasons, 
 from tasks.ingest.reasons import Reasons
 from tasks.ingest.stage import Staged, stage_rows
 from tasks.ingest.verdict import count_conflicts
-from tasks.ingest.write import write_splits
+from tasks.ingest.write import show_quarantine, write_splits
 
 LENGTHS = ("prompt", "answer")
 
@@ -39,6 +39,7 @@ def make_dataset(config: IngestConfig, files: Path, out: Path, job: Job, tokeniz
     shutil.rmtree(scratch)
     if judged.cut:
         _write_cut(judged, reasons, config, out)
+    show_quarantine(out)
     profile = _profile(staged, judged, out)
     gate(config, profile, staged.faults, out)
     warnings = advise(config, profile, staged, tokenizer is not None)

@@ -38,7 +38,7 @@ def write_profile(profile: Profile, characters: dict[str, dict[int, int]], out: 
     """
     (out / "profile.json").write_text(json.dumps(profile.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
     report = out / "report"
-    report.mkdir()
+    report.mkdir(exist_ok=True)
     draw(profile, characters, report)
     sections = [*_sections(profile, warnings)]
     (report / "profile.md").write_text(_markdown(sections), encoding="utf-8")

@@ -3,11 +3,11 @@
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
+from tasks.core.inputs import fetched
 from tasks.core.refs import DatasetRef, FilesRef, ModelRef
 from tasks.core.retry import TASK
 from tasks.core.settings import Settings
 from tasks.core.shell import run_stage
-from tasks.core.store import open_store
 from tasks.ingest import IngestConfig
 
 
@@ -22,6 +22,5 @@ def ingest(config: IngestConfig, files: FilesRef, tokenizer: ModelRef | None = N
 
 def show_profile(dataset: DatasetRef) -> None:
     """The dataset's profile as a Markdown artifact of the flow run; its pictures are in MLflow, in profile.html."""
-    settings = Settings()
-    directory = open_store(settings.store_uri).fetch(dataset.digest, settings.root / "inputs" / dataset.digest)
-    create_markdown_artifact((directory / "report/profile.md").read_text(encoding="utf-8"), key="dataset-profile")
+    page = fetched(Settings(), dataset.digest) / "report" / "profile.md"
+    create_markdown_artifact(page.read_text(encoding="utf-8"), key="dataset-profile")

@@ -16,6 +16,7 @@ from tasks.ingest.profile import SPLITS
 from tasks.ingest.reasons import Reasons
 from tasks.ingest.stage import Staged
 
+SHOWN_BYTES = 4_000_000
 QUARANTINED, CUT = len(SPLITS), len(SPLITS) + 1  # a row's code is its split's place in SPLITS, or one of these
 
 
@@ -58,6 +59,14 @@ def write_splits(staged: Staged, judged: Judged, reasons: Reasons, out: Path, qu
                 job.progress(first, staged.rows.height, "rows", "writing")
     (out / "calibration.jsonl").write_bytes(b"".join(chosen))
     job.progress(staged.rows.height, staged.rows.height, "rows", "written")
+
+
+def show_quarantine(out: Path) -> None:
+    """Puts the quarantine's first rows among the report's files, which are seen even where the stage then fails."""
+    with (out / "quarantine.jsonl").open("rb") as quarantine:
+        if lines := quarantine.readlines(SHOWN_BYTES):
+            (out / "report").mkdir(exist_ok=True)
+            (out / "report" / "quarantine.jsonl").write_bytes(b"".join(lines))
 
 
 def _codes(good: pl.DataFrame, total: int) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from tasks.core.config import StageConfig
 
 
 class OutlierConfig(StageConfig):
-    """What is looked at, how closely, and how much of it is shown."""
+    """How closely models are searched for what quantization would break, and how much of it is shown."""
 
     sigmas: float = Field(default=6.0, gt=0)
     """A value further from the tensor's mean than this many standard deviations is counted as an outlier."""

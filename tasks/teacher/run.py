@@ -16,6 +16,7 @@ from tasks.core.job import Job
 from tasks.core.ladder import is_lossless, rungs, settings_at
 from tasks.core.refs import ModelDir
 from tasks.engine import processes
+from tasks.engine.attached import settings_of_adapter
 from tasks.engine.batches import Batch
 from tasks.engine.fused_fp8 import refused
 from tasks.engine.head import head_of, hidden_states
@@ -24,11 +25,12 @@ from tasks.engine.losses import cross_entropy
 from tasks.engine.memory.fit import fitted
 from tasks.engine.outcome import fingerprint, finish, read_splits
 from tasks.engine.plan import Objective, Plan
-from tasks.engine.trainable import settings_of_adapter, trainable_model
+from tasks.engine.trainable import trainable_model
 from tasks.engine.trainer import train
 from tasks.teacher import FineTuneConfig
 
-LOSSY = ("rank", "alpha", "use_dora", "target_modules", "max_length")
+OF_ADAPTER = {"rank", "alpha", "use_dora", "target_modules"}
+LOSSY = (*sorted(OF_ADAPTER), "max_length")
 
 
 def fine_tune(config: FineTuneConfig, base: ModelDir, dataset: Path, out: Path, job: Job) -> Report:
@@ -46,6 +48,7 @@ def fine_tune(config: FineTuneConfig, base: ModelDir, dataset: Path, out: Path, 
     config, memory = fitted(config, config.method, base, rows, out, job)
     if job.rung:
         before, config = config, settings_at(config, job.rung)
+        _check_rung(before, base, job)
         _tell_rung(before, job)
         if config.max_length != before.max_length:
             rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
@@ -90,6 +93,17 @@ def _check_fp8(config: FineTuneConfig, device: str) -> None:
     reason = refused(torch.device(device))
     if reason:
         raise BadConfig(f"fp8=true: {reason}; set fp8=false")
+
+
+def _check_rung(config: FineTuneConfig, base: ModelDir, job: Job) -> None:
+    """Raises BadConfig for a rung that gives up what an earlier adapter decides: nothing would change."""
+    before, now = (settings_at(config, rung).model_dump() for rung in (job.rung - 1, job.rung))
+    changed = {name for name in now if now[name] != before[name]}
+    if base.adapter is not None and config.method != "full" and changed <= OF_ADAPTER:
+        raise BadConfig(
+            f"out of memory, and {job.rung - 1} rungs down nothing is left to give up: an earlier adapter keeps its "
+            f"rank and modules. Set a smaller max_length (now {now['max_length']}), or train a new adapter"
+        )
 
 
 def _tell_rung(config: FineTuneConfig, job: Job) -> None:

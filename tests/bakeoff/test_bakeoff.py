@@ -44,9 +44,10 @@ def test_rows_and_their_table(dataset: Path, tmp_path: Path) -> None:
         row_of(STUDENT, dataset, tmp_path / "nf4", method="bnb-nf4"),
         row_of(planted, dataset, tmp_path / "fp16", dtype="float16"),
         row_of(STUDENT, dataset, tmp_path / "quanto", method="quanto-int4-uncalibrated"),
-        gguf_row({"format": "Q4_0", "bytes": 10**6, "mean_kl": 0.2, "top1": 0.9}, 1.5, imatrix=True),
+        gguf_row({"format": "Q4_0", "bytes": 10**6, "mean_kl": 0.2, "top1": 0.9}, 1.5, imatrix=True, weighed=7),
+        gguf_row({"format": "Q8_0", "bytes": 10**6, "mean_kl": 0.3, "top1": 0.9}, 1.5, imatrix=True, weighed=0),
     ]
-    bf16, nf4, fp16, quanto, _ = rows
+    bf16, nf4, fp16, quanto, *_ = rows
     assert bf16["mean_kl"] < 1e-2 and bf16["tokens_per_second"] > 0 and bf16["predicted"] == happened(bf16) == "safe"
     weights = (STUDENT / "model.safetensors").stat().st_size
     assert bf16["bytes"] == pytest.approx(weights, rel=0.05)
@@ -57,7 +58,8 @@ def test_rows_and_their_table(dataset: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec("optimum") is None:
         assert happened(quanto) == "skipped: not installed: optimum"
     lines = markdown(rows).splitlines()
-    assert len(lines) == 7 and lines[2].startswith("| none | bfloat16 |") and "GGUF Q4_0 + imatrix" in markdown(rows)
+    assert len(lines) == 8 and lines[2].startswith("| none | bfloat16 |")
+    assert "| GGUF Q4_0 + imatrix |" in markdown(rows) and "| GGUF Q8_0, imatrix unused |" in markdown(rows)
     draw(rows, tmp_path / "bakeoff.png")
     assert (tmp_path / "bakeoff.png").stat().st_size > 10_000
 

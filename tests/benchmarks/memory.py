@@ -27,8 +27,9 @@ from tasks.core.training import TrainingConfig
 from tasks.engine.chat import IGNORE, Example
 from tasks.engine.load import pick_device
 from tasks.engine.memory.__main__ import ALL, shape, table
-from tasks.engine.memory.predict import CONTEXT_GIB, load_of, predict
+from tasks.engine.memory.predict import CONTEXT_GIB, predict
 from tasks.engine.memory.shapes import shapes_of
+from tasks.engine.memory.workload import load_of
 from tasks.engine.plan import Plan
 from tasks.engine.trainable import trainable_model
 from tasks.engine.trainer import GuardedTrainer

@@ -12,7 +12,6 @@ take their other steps one run after another (turns.py).
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -34,6 +33,8 @@ RUNS = {
     "1 GPU, all weights": (1, "ddp full --rows 32 --compile on"),
     "2 GPUs, all weights, ddp": (2, "ddp full --rows 64 --compile on"),
     "2 GPUs, all weights, fsdp2": (2, "fsdp2 full --rows 64 --compile on"),
+    "1 GPU, all weights, 32 at once": (1, "ddp full --rows 32 --micro 32 --compile on"),
+    "2 GPUs, all weights, fsdp2, 32 at once": (2, "fsdp2 full --rows 64 --micro 32 --compile on"),
     "1 GPU, 4B": (1, "ddp lora --rows 16 --shape 4B --recompute --compile on"),
     "2 GPUs, 4B, fsdp2": (2, "fsdp2 lora --rows 32 --shape 4B --recompute --compile on"),
 }
@@ -61,9 +62,6 @@ def main() -> None:
     if arguments.act == "table":
         table(arguments.directory, arguments.only, arguments.patience, arguments.pico)
         return
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = local  # as tasks.core.command does
     import torch
 
     from tasks.engine import processes

@@ -76,6 +76,20 @@ def test_bad_config_names_the_field(tmp_path: Path) -> None:
         run(tmp_path, 7)  # type: ignore[arg-type]
 
 
+def test_a_model_that_is_not_whole_is_named_with_the_remedy_before_it_is_loaded(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for directory in (base, adapter):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+    (base / "tokenizer.json").write_text('{"model": "' + "x" * (1 << 20))  # large, and cut off
+    with pytest.raises(BadConfig, match=f"{base}/tokenizer.json is cut off: copy or download it again"):
+        run(tmp_path, "succeed", "--models", f"m={base}")
+    (base / "tokenizer.json").unlink()
+    (adapter / "adapter_config.json").write_text('{"peft_type": ')
+    with pytest.raises(BadConfig, match=f"{adapter}/adapter_config.json is not JSON .*: copy or download it again"):
+        run(tmp_path, "succeed", "--models", f"m={base}+{adapter}")
+
+
 def test_a_stale_error_is_not_told_again(tmp_path: Path) -> None:
     with pytest.raises(GateFailed):
         run(tmp_path, "gate")

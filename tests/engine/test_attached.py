@@ -131,6 +131,14 @@ def test_what_is_no_lora_or_could_not_be_merged_is_refused_before_it_trains(base
         run(ModelDir(base.base, tmp_path / "nowhere"), dataset, tmp_path / "missing")
 
 
+def test_dropout_is_the_config_s_and_not_the_adapter_s(base, tmp_path):
+    learnt = adapter(base, tmp_path, dropout=0.5)
+    for dropout in (0.0, 0.25):
+        model = trainable_model(TrainingConfig(dropout=dropout), "lora", learnt, "cpu")
+        drops = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+        assert len(drops) == 14 and {getattr(drop, "p", 0.0) for drop in drops} == {dropout}
+
+
 def test_settings_that_the_adapter_decides_are_told(base, tmp_path):
     learnt = adapter(base, tmp_path, target_modules=["q_proj", "v_proj"])
     assert settings_of_adapter(TrainingConfig(rank=2), learnt) == []

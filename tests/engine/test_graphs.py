@@ -118,3 +118,29 @@ def test_replays_add_the_gradients_of_each_batch(model):
     assert losses == pytest.approx([float(half(other, batch)["loss"]) for batch in batches], rel=1e-2)
     for got, parameter in zip(graphs.grads, other.parameters(), strict=True):
         assert float((got - parameter.grad).norm() / parameter.grad.norm()) < 0.05  # the residual stream is bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("waits", [lambda loss: loss.item(), lambda loss: torch.tensor(1.0, device=loss.device)])
+def test_a_model_that_waits_for_the_device_goes_on_without_graphs(model, waits):
+    model = model.cuda()
+    make_packable(model, torch.bfloat16)
+    feed = Feed(rows(), list(range(12)), 12, 12, packed=True, shapes=1, multiple=16)
+    batch, told = to_device(feed[0], model.device), []
+
+    def half(model, batch):
+        with torch.autocast("cuda", torch.bfloat16):
+            sums = objective(model, batch)
+            waits(sums["loss"])
+            return sums
+
+    graphs = Graphs(model, half, most_labels(feed), warn=told.append)
+    losses, norms = [], []
+    for _ in range(4):
+        graphs.begin()
+        losses.append(float(graphs.run(batch)["loss"]))
+        norms.append(float(graphs.finish(1, 0)))
+    assert len(told) == 1 and "without CUDA graphs" in told[0]
+    assert losses[1:] == pytest.approx(losses[:1] * 3, rel=1e-3) and norms[1:] == pytest.approx(norms[:1] * 3, rel=1e-2)
+    assert torch.rand(3, device="cuda").isfinite().all()  # the generator is not left waiting for a capture's end

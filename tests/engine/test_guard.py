@@ -47,12 +47,29 @@ def test_gradients_that_explode_and_stay_so_go_back_to_before_they_did():
     assert problem and problem.steps == IN_A_ROW and "200, 200, 300 in the last steps and 1 before" in problem.text
 
 
+def test_a_loss_far_above_guessing_is_noticed_at_once_and_one_above_its_start_after_a_while():
+    numbers = {"grad_norm": 1.0, "learning_rate": 1e-3}
+    history = History()
+    assert history.add({**numbers, "loss": 6.0}, 400) is None  # guessing costs ln(400) = 5.99
+    assert history.add({**numbers, "loss": 17.9}, 400) is None
+    problem = history.add({**numbers, "loss": 18.1}, 400)
+    assert problem and problem.steps == 1 and "cross-entropy is 18.1, guessing costs 5.99" in problem.text
+    history = History()
+    for _ in range(WINDOW - 1):
+        assert history.add({**numbers, "loss": 7.1}, 400) is None  # its start
+    assert history.add({**numbers, "loss": 7.1}, 400) is None
+    for _ in range(WINDOW - 2):
+        assert history.add({**numbers, "loss": 8.2}, 400) is None
+    problem = history.add({**numbers, "loss": 8.2}, 400)
+    assert problem and problem.steps == WINDOW and "is 8.145, it began with 7.1" in problem.text
+
+
 def test_a_run_whose_gradients_explode_is_taken_back_past_its_suspect_checkpoints(base, rows, tmp_path):  # noqa: F811
     def amplified(call, hidden, _):
         first, last = 2 * (WINDOW + 4) + 1, 2 * (WINDOW + 4 + IN_A_ROW)  # two micro-batches a step
         return ((hidden - hidden.detach()) * 1e4).sum() if first <= call <= last else None  # value 0
 
-    exploding = plan(base, rows, tmp_path, at_hidden=amplified, max_steps=32, save_every_steps=4, learning_rate=1e-4)
+    exploding = plan(base, rows, tmp_path, at_hidden=amplified, max_steps=32, save_every_steps=2, learning_rate=1e-4)
     model, history = train(exploding)
     assert f"goes on from checkpoint-{WINDOW + 4} of 32 steps" in told(tmp_path)
     said = next(text for text in told(tmp_path) if "back to the last good" in text)

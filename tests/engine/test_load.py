@@ -112,6 +112,29 @@ def test_a_multimodal_checkpoint_keeps_its_towers_and_trains_its_text(with_tower
     assert not any(p.requires_grad for name, p in full.named_parameters() if "vision_tower" in name)
 
 
+def test_four_bits_are_nf4_quantized_twice_and_multiply_in_the_run_s_precision(base, tmp_path):
+    for precision in ("bfloat16", "float32"):
+        model = load_model(ModelDir(base), precision, "cpu", four_bit=True)
+        layer = model.model.layers[0].mlp.up_proj
+        assert (layer.weight.quant_type, layer.weight.compress_statistics) == ("nf4", True)
+        assert layer.weight.quant_state.nested and layer.compute_dtype == pick_dtype(precision, "cpu")
+    model.save_pretrained(tmp_path)  # written for float32, trained in bfloat16
+    assert load_model(ModelDir(tmp_path), "bfloat16", "cpu").model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+
+
+def test_no_pickle_is_read_in_place_of_safetensors(base, tmp_path):
+    """Neither a whole model's nor, beside some safetensors, the tensors that those lack."""
+    broken = shutil.copytree(base, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(tensors, broken / "pytorch_model.bin")
+    with pytest.raises(BadConfig, match=r"\*.safetensors \(the weights\) is missing"):
+        load_model(ModelDir(broken), "float32", "cpu")
+    save_file({"other": torch.zeros(1)}, broken / "consolidated.safetensors")
+    with pytest.raises((BadConfig, OSError), match="safetensors"):
+        load_model(ModelDir(broken), "float32", "cpu")
+
+
 def test_gemma_3n_in_four_bits_keeps_altup_and_head_and_trains(gemma3n):
     model = trainable_model(TrainingConfig(rank=2), "qlora", ModelDir(gemma3n), "cpu")
     packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.core import child
-from tasks.core.errors import GateFailed, Preempted
+from tasks.core.errors import BadConfig, GateFailed, Preempted, StageError
 from tasks.core.refs import ModelDir
 from tasks.engine.batches import encode_file
 from tasks.engine.load import load_tokenizer
@@ -20,7 +20,7 @@ from tasks.engine.trainer import train
 from tasks.teacher import FineTuneConfig
 from tests.engine.rows import example_dataset
 from tests.engine.test_trainer import assert_equal, plan, sigterm, weights  # noqa: F401
-from tests.engine.two import RUNS, SETTINGS
+from tests.engine.two import PRECISION, RUNS, SETTINGS
 from tests.pico import pico_model
 
 CLOSE = dict(rtol=2e-3, atol=2e-5)  # sums over rows in another order
@@ -79,16 +79,18 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(ran, base, run):
 def test_gradients_in_one_buffer_are_those_of_one_process(ran, base, run):
     rows, work, whole = ran
     theirs = load_file(work / f"{run}-gradients.safetensors")
-    norm = float(theirs.pop("norm"))
-    assert norm == pytest.approx(whole[run][1].steps["grad_norm"][0], rel=1e-3)
-    alone = plan(base, rows, work / f"{run}-alone-gradients", method=RUNS[run][1], **SETTINGS)
+    norm, half = float(theirs.pop("norm")), PRECISION[run] == "bfloat16"
+    assert norm == pytest.approx(whole[run][1].steps["grad_norm"][0], rel=1e-2 if half else 1e-3)
+    settings = SETTINGS | {"precision": PRECISION[run]}
+    alone = plan(base, rows, work / f"{run}-alone-gradients", method=RUNS[run][1], **settings)
     model = alone.build()
     batches = feed(alone, model)
     for batch in (batches[number] for number in range(4)):
         loss_sums(alone, model, batch)["loss"].backward()
     labels = sum(len(batches[number]["labels"]) for number in range(4))
     scale = 0.1 / norm / labels
-    assert_equal(theirs, {name: p.grad * scale for name, p in model.named_parameters() if p.requires_grad}, **CLOSE)
+    ours = {name: p.grad * scale for name, p in model.named_parameters() if p.requires_grad}
+    assert_equal(theirs, ours, **(dict(rtol=3e-2, atol=5e-4) if half else CLOSE))
 
 
 def test_the_command_in_two_processes_writes_one_output_and_one_goes_on_from_its_checkpoint(base, tmp_path):
@@ -116,8 +118,25 @@ def test_the_command_in_two_processes_writes_one_output_and_one_goes_on_from_its
     assert len(theirs) == 6 and rest == pytest.approx(theirs[4:], rel=2e-2 if torch.cuda.is_available() else 1e-4)
 
 
-def test_what_went_wrong_in_one_of_two_processes_is_told_as_it_is_of_one(tmp_path):
-    (tmp_path / "config.json").write_text('{"act": "gate"}')
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_processes_than_gpus_are_refused(base, tmp_path):
+    config = FineTuneConfig(processes=torch.cuda.device_count() + 1)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    arguments = [str(tmp_path / "config.json"), "--base", str(base.base), "--out", str(tmp_path / "out")]
+    arguments += ["--dataset", str(example_dataset(tmp_path / "dataset")), "--work", str(tmp_path / "work")]
+    with pytest.raises(BadConfig, match="set processes to the number of GPUs"):
+        child.run_command(
+            "tasks.teacher.run", arguments, tmp_path / "work", print, 120, 240, processes=config.processes
+        )
+
+
+@pytest.mark.parametrize(
+    "act, kind, message",
+    [("gate", GateFailed, "exact match 0.81 is below 0.90"), ("crash", StageError, r"nobody foresaw this\Z")],
+)
+def test_what_went_wrong_in_two_processes_is_told_as_it_is_of_one(tmp_path, act, kind, message):
+    (tmp_path / "config.json").write_text(json.dumps({"act": act}))
     arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    with pytest.raises(GateFailed, match="exact match 0.81 is below 0.90"):
+    with pytest.raises(kind, match=message):
         child.run_command("tests.core.probe", arguments, tmp_path / "work", print, 120, 240, processes=2)

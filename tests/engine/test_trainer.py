@@ -147,6 +147,15 @@ def test_a_rung_lower_goes_on_from_the_larger_micro_batch_s_checkpoint(base, row
     assert other.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
 
 
+def test_gradients_are_clipped_to_the_norm_asked_for(base, rows, tmp_path):
+    """AdamW cannot see a gradient that is far smaller than its 1e-8, and the norm told is the one before."""
+    free, history = train(plan(base, rows, tmp_path / "free", max_grad_norm=0, dropout=0, max_steps=4))
+    held, clipped = train(plan(base, rows, tmp_path / "held", max_grad_norm=1e-13, dropout=0, max_steps=4))
+    moved = [max(float(w.abs().max()) for n, w in weights(model).items() if "lora_B" in n) for model in (free, held)]
+    assert moved[0] > 1e-3 and moved[1] < 1e-5
+    assert clipped.steps["grad_norm"][0] == history.steps["grad_norm"][0] > 1e-3
+
+
 def test_one_bad_step_is_rolled_back_with_half_the_learning_rate(base, rows, tmp_path):
     model, history = train(
         plan(

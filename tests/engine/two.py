@@ -24,9 +24,8 @@ from tasks.engine.trainer import train
 from tests.engine.test_trainer import plan, weights
 
 # A row whose micro-batches differ in size: 6 rows a process in micro-batches of 3, of different lengths.
-SETTINGS = dict(
-    dropout=0, batch_size=12, micro_batch_size=3, max_steps=4, scheduler="constant", validate_every_steps=2
-)
+SETTINGS = dict(dropout=0, batch_size=12, micro_batch_size=3, max_steps=4, scheduler="constant", validate_every_steps=2)
+PRECISION = {"ddp": "float32", "fsdp2-full": "bfloat16", "fsdp2-lora": "float32"}  # of the gradients in one buffer
 RUNS = {"ddp": ("ddp", "lora"), "fsdp2-full": ("fsdp2", "full"), "fsdp2-lora": ("fsdp2", "lora")}
 
 
@@ -39,9 +38,10 @@ def main(base: ModelDir, dataset: Path, work: Path) -> None:
         if call == 7 and processes.rank() == 0:  # two micro-batches a step, two of the validation: in step 3
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def made(run: str, kind: str, at_micro_batch=None):
+    def made(run: str, kind: str, at_micro_batch=None, **more):
         strategy, method = RUNS[run]
-        found = plan(base, rows, work / f"{run}-{kind}", method=method, at_micro_batch=at_micro_batch, **SETTINGS)
+        where, settings = work / f"{run}-{kind}", SETTINGS | more
+        found = plan(base, rows, where, method=method, at_micro_batch=at_micro_batch, **settings)
         found.strategy, found.validation = strategy, rows[:4]  # which one process does without, and must change nothing
         return found
 
@@ -54,7 +54,7 @@ def main(base: ModelDir, dataset: Path, work: Path) -> None:
         except Preempted:
             processes.wait()
         _tell(work / f"{run}-resumed.json", *train(made(run, "one")))
-        _tell_gradients(work / f"{run}-gradients.safetensors", made(run, "gradients"))
+        _tell_gradients(work / f"{run}-gradients.safetensors", made(run, "gradients", precision=PRECISION[run]))
     processes.leave()
 
 

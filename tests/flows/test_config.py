@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from flows.config import PipelineConfig
@@ -44,6 +46,19 @@ def test_every_field_has_help_for_the_form() -> None:
         if "description" not in field and "$ref" not in field
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("flow", ["pipeline", "audit", "quantize", "bakeoff", "ablation"])
+def test_a_group_of_the_form_is_called_by_its_setting_and_says_what_it_is_for(flow: str) -> None:
+    """As Prefect's form merges them: what stands at the setting goes before what its class says."""
+    form = parameter_schema(getattr(import_module(f"flows.{flow}"), flow).fn).definitions
+    [config] = [one for one in form.values() if "ingest" in one["properties"]]
+    groups = {name: field for name, field in config["properties"].items() if "$ref" in field}
+    assert "ingest" in groups
+    for name, field in groups.items():
+        shown = form[field["$ref"].removeprefix("#/definitions/")] | field
+        assert shown["title"] == name.title()
+        assert len(shown["description"]) > 30 and not shown["description"].startswith("Settings of")
 
 
 def test_importing_the_flows_loads_no_torch() -> None:

@@ -13,6 +13,9 @@ import yaml
 from mlflow import MlflowClient
 
 from flows.ablation import ARMS, PAIRS
+from flows.fetch import artifacts, fetch
+from tasks.core.errors import BadConfig
+from tasks.core.settings import Settings
 from tests.flows.pico_run import QUICKSTART, ROOT, TRAINING, Home
 from tests.prefect_server import PrefectServer
 
@@ -94,12 +97,27 @@ def test_any_model_becomes_proven_files(ran: Ran) -> None:
     assert sizes[0] > sizes[1] > sizes[2]
 
 
+def test_a_file_is_fetched_out_of_the_store(ran: Ran, tmp_path: Path) -> None:
+    settings, run = Settings(home=ran.report("quantize").parents[1]), str(ran.report("quantize"))
+    assert artifacts(run, settings).keys() == {"Q8_0", "Q4_0"}
+    fetch(run, "Q4_0", tmp_path / "out", settings)
+    assert (tmp_path / "out" / "model.gguf").stat().st_size == ran.summaries["quantize"]["models"][2]["bytes"]
+    assert (tmp_path / "out" / "serve.sh").is_file() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(BadConfig, match="out is there already"):
+        fetch(run, "Q8_0", tmp_path / "out", settings)
+    with pytest.raises(BadConfig, match="made no 'Q5_0'; it made Q8_0, Q4_0"):
+        fetch(run, "Q5_0", tmp_path / "new", settings)
+
+
 def test_a_bake_off_joins_libraries_and_files_in_one_table(ran: Ran) -> None:
     rows = {row["method"]: row for row in json.loads((ran.report("bakeoff") / "bakeoff.json").read_text())}
-    assert set(rows) == {"none", "quanto-int8", "GGUF Q8_0 + imatrix"}
+    assert set(rows) == {"none", "quanto-int8", "GGUF Q8_0, imatrix unused"}
     assert rows["none"]["mean_kl"] < 1e-6 and rows["none"]["predicted"] == "safe"
     assert "skipped" in rows["quanto-int8"] or rows["quanto-int8"]["mean_kl"] > 0  # the library is no dependency
-    assert rows["GGUF Q8_0 + imatrix"]["bytes"] < rows["none"]["bytes"]
+    file = rows["GGUF Q8_0, imatrix unused"]
+    assert file["bytes"] < rows["none"]["bytes"] and "tokens_per_second" not in file, "no row was asked alone"
+    stage = next(one for one in ran.summaries["quantize"]["stages"] if one["name"] == "gguf Q8_0")
+    assert 0 < file["seconds"] < stage["seconds"], "the conversion's own, without the proof"
     assert "happened" in ran.said["bakeoff"]
     assert (ran.report("bakeoff") / "bakeoff.png").stat().st_size > 10_000
     cached = {stage["name"]: stage["cached"] for stage in ran.summaries["bakeoff"]["stages"]}

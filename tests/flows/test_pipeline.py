@@ -37,6 +37,7 @@ def test_the_summary_keeps_its_contract(home: Home) -> None:
     assert all(0 <= row["json_valid"] <= 1 and row["bytes"] > 1000 for row in summary["models"])
     assert all(row["tokens_per_second"] > 0 for row in summary["models"])
     assert summary["dataset"]["test_rows"] == 12
+    assert list(summary["artifacts"]) == ["teacher", "student", "merged", "Q8_0"]
     assert not any(stage["cached"] for stage in summary["stages"] if not stage["name"].startswith("take"))
     page = (home.directory / "home/reports/latest/index.html").read_text()
     assert "<h2" in page and page.count("<svg") >= 2 and page.count("<img") >= 2
@@ -111,11 +112,12 @@ def test_a_change_runs_what_depends_on_it_and_a_broken_rule_fails_after_the_repo
 
 def test_errors_say_what_where_and_the_remedy(tmp_path: Path, prefect_server: PrefectServer) -> None:
     """A setting, the flow's own tasks, and a stage's command: what each says is the last that the terminal shows."""
-    (tmp_path / "latin.jsonl").write_bytes('{"instruction": "Préparer", "output": "{}"}\n'.encode("latin-1") * 60)
+    row = '{"instruction": "Préparer", "output": "{}"}\n'
+    (tmp_path / "latin.jsonl").write_bytes(row.encode() + row.encode("latin-1") * 60)
     wrong: dict[str, tuple[dict[str, Any], str]] = {
         "name": ({"learning_rat": 1}, "learning_rat: Extra inputs are not permitted"),
         "missing": ({"train": str(tmp_path / "missing.jsonl")}, "missing.jsonl; paths are relative to"),
-        "latin": ({"train": str(tmp_path / "latin.jsonl")}, "line 1 is not UTF-8"),
+        "latin": ({"train": str(tmp_path / "latin.jsonl")}, "60 x not UTF-8"),
     }
     runs = []
     for name, (changes, said) in wrong.items():
@@ -125,3 +127,6 @@ def test_errors_say_what_where_and_the_remedy(tmp_path: Path, prefect_server: Pr
     for home, run, said in runs:
         assert run.wait(timeout=300) != 0, home.output[-3000:]
         assert said in home.output[home.output.rindex("stillhouse: ") :], home.output[-3000:]
+    latin = runs[-1][0]  # its bad rows lie on the machine that ran the stage: MLflow shows them
+    [quarantine] = (latin.directory / "home" / "mlartifacts").rglob("report/quarantine.jsonl")
+    assert len(quarantine.read_text().splitlines()) == 60 and "is in MLflow: " in latin.output

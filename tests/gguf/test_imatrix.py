@@ -9,12 +9,15 @@ import pytest
 
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
+from tasks.engine.ggml import to_type
+from tasks.engine.ggml_types import TYPES
 from tasks.engine.llama import LlamaInput, llama_logits
 from tasks.gguf import GgufConfig
 from tasks.gguf.choice import candidates
 from tasks.gguf.convert import Conversion, converting
 from tasks.gguf.header import read_header
 from tasks.gguf.imatrix import read_imatrix
+from tasks.gguf.kinds import IGNORE_IMATRIX, NEED_IMATRIX
 from tasks.gguf.verdict import verdict_warnings
 from tests.gguf.architectures import gemma3_wide
 
@@ -77,7 +80,7 @@ def test_important_columns_are_kept_better(bf16: Path, tmp_path: Path) -> None:
             plan = conversion.plan(wanted, imatrix=used)
             target = tmp_path / f"{bool(used)}.gguf"
             conversion.write(plan, target)
-            assert plan.bytes == target.stat().st_size
+            assert plan.bytes == target.stat().st_size and len(plan.weighed) == (6 * 7 if used else 0)
             exact = values(bf16, "blk.3.ffn_up.weight")
             errors[used] = ((values(target, "blk.3.ffn_up.weight") - exact)[:, :HEAVY] ** 2).mean()
     assert errors[imatrix] < 0.7 * errors[None]
@@ -88,6 +91,17 @@ def test_important_columns_are_kept_better(bf16: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(  # no importance for the embedding: as without
         values(tmp_path / "True.gguf", "token_embd.weight"), values(tmp_path / "False.gguf", "token_embd.weight")
     )
+
+
+def test_what_ggml_does_not_weigh_is_not_called_weighed(bf16: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows, weights = random.normal(size=(4, 256)).astype(np.float32), random.uniform(size=256).astype(np.float32) ** 4
+    for type_ in set(TYPES) - set(NEED_IMATRIX):
+        same = np.array_equal(to_type(rows, type_), to_type(rows, type_, weights))
+        assert same == (type_ in IGNORE_IMATRIX), type_
+    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+        imatrix = write_imatrix(tmp_path / "imatrix.gguf", matrices(conversion))
+        assert not conversion.plan(conversion.skeleton.wanted("Q8_0", imatrix=True), imatrix=imatrix).weighed
 
 
 @pytest.mark.parametrize("kind", ["IQ2_XXS", "Q2_K_S"])

@@ -272,6 +272,14 @@ def test_unusable_files(tmp_path: Path, name: str, content: bytes, said: str) ->
     assert said in bad(tmp_path, name, content)
 
 
+def test_the_report_shows_the_first_bad_rows_even_of_a_dataset_that_fails(tmp_path: Path) -> None:
+    files = write(tmp_path / "train.jsonl", [alpaca(1), *([b"{" + b"x" * 10_000] * 600)])
+    with pytest.raises(BadData, match="600 of 601 rows are faulty"):
+        run(tmp_path, files)
+    shown = (tmp_path / "out/report/quarantine.jsonl").read_text().splitlines()
+    assert 100 < len(shown) < 600 and [json.loads(line) for line in shown] == quarantine(tmp_path)[: len(shown)]
+
+
 def test_few_rows_go_on_with_a_warning_when_allowed(tmp_path: Path) -> None:
     files = write(tmp_path / "train.jsonl", [alpaca(3 * i) for i in range(30)])
     report = run(tmp_path, files, allow_few_rows=True, test_fraction=0.3)

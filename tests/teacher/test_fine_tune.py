@@ -1,10 +1,13 @@
 import json
 import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tasks.core.child import NURSERY
@@ -56,7 +59,10 @@ def test_the_loss_falls_and_the_same_inputs_give_the_same_files(base, dataset, t
     assert (tmp_path / "a" / "out" / "report" / "loss.png").stat().st_size > 5000
     last = [event for event in events(tmp_path / "a", "metrics") if "grad_norm" in event["values"]][-1]
     assert last["step"] == 12
-    assert last["values"].keys() == {"loss", "grad_norm", "learning_rate", "tokens_per_second"}
+    assert last["values"].keys() == {"loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_gib"}
+    told = [event for event in events(tmp_path / "a", "progress") if event["unit"] == "steps"][-1]
+    assert (told["done"], told["total"]) == (12, 12)
+    assert re.fullmatch(r"loss \d\.\d+, [\d,]+ tokens/s, peak \d+\.\d GiB, 0:00 left", told["note"])
     assert [e["step"] for e in events(tmp_path / "a", "metrics") if "validation_loss" in e["values"]] == [5, 10, 12]
     run(base, dataset, tmp_path / "b", method=method, validate_every_steps=5)
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -106,3 +112,49 @@ def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_adapter(base,
     adapters = [load_file(tmp_path / kind / "out" / "adapter_model.safetensors") for kind in ("whole", "killed")]
     for name, value in adapters[0].items():
         assert (value - adapters[1][name]).abs().max() < 1e-3, name
+
+
+def test_rungs_are_tagged_and_one_that_makes_another_model_begins_anew(base, dataset, tmp_path):
+    settings = dict(batch_size=8, micro_batch_size=4, use_dora=True, max_length=512, max_steps=3, save_every_steps=1)
+
+    def descend(rung: int, model=base, **more) -> list[str]:
+        """What the log says of a run so many rungs down."""
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        before = len(events(tmp_path, "log")) if (tmp_path / "work").exists() else 0
+        config = FineTuneConfig(**(SETTINGS | settings | {"allow_quality_loss": True} | more))
+        fine_tune(config, model, dataset, tmp_path / "out", Job(tmp_path / "work", rung=rung))
+        return [event["message"] for event in events(tmp_path, "log")[before:]]
+
+    assert "3 rungs down after out-of-memory errors: recompute on; goes on from the last checkpoint" in descend(3)
+    assert "goes on from checkpoint-3 of 3 steps" in descend(4)  # the paged optimizer
+    last = descend(8)
+    assert (
+        "8 rungs down after out-of-memory errors: adapters on q_proj and v_proj only; another model: begins anew"
+        in last
+    )
+    assert not any("goes on from checkpoint" in text for text in last)
+    made = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (made["r"], made["use_dora"], made["target_modules"]) == (2, False, ["q_proj", "v_proj"])
+    tags = {name: text for event in events(tmp_path, "tags") for name, text in event["values"].items()}
+    assert [tags[f"rung.{number}"] for number in range(1, 9)] == [
+        "micro-batch 4 -> 2, accumulated to 8 as before", "micro-batch 2 -> 1, accumulated to 8 as before",
+        "recompute on", "optimizer adamw -> paged_adamw_8bit", "max_length 512 -> 256, longer rows left out",
+        "rank 4 -> 2", "DoRA off", "adapters on q_proj and v_proj only",
+    ]  # fmt: skip
+    learnt = ModelDir(base.base, (tmp_path / "out").rename(tmp_path / "earlier"))
+    with pytest.raises(BadConfig, match="last of 4 rungs.*allow_quality_loss=true"):
+        descend(5, allow_quality_loss=False)
+    descend(5, learnt)
+    with pytest.raises(BadConfig, match="5 rungs down nothing is left .*: an earlier adapter keeps its rank and"):
+        descend(6, learnt)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_s_peak_and_the_share_of_its_arithmetic_are_told(base, dataset, tmp_path):
+    run(base, dataset, tmp_path)
+    last = [event for event in events(tmp_path, "metrics") if "grad_norm" in event["values"]][-1]["values"]
+    assert 0 < last["mfu"] < 1 and 0 < last["peak_gib"] < 10
+    note = [event for event in events(tmp_path, "progress") if event["unit"] == "steps"][-1]["note"]
+    assert re.search(r"tokens/s, peak \d+\.\d GiB, MFU \d+%, 0:00 left", note)

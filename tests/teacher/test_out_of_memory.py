@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 
 from tasks.core import child
 from tasks.core.refs import ModelDir
+from tasks.core.rows import Message, Row, write_rows
 from tasks.core.settings import Settings
 from tasks.core.shell import descend
 from tasks.core.tracking import Tracker
@@ -24,13 +25,13 @@ def base(tmp_path_factory):
     return ModelDir(pico_model(tmp_path_factory.mktemp("base"), hidden=32, intermediate_size=8192))
 
 
-def descended(base, tmp_path: Path, monkeypatch, cap: int, **settings):
+def descended(base, tmp_path: Path, monkeypatch, cap: int, dataset: Path | None = None, **settings):
     """The run's tags in MLflow, its events, and the step of the checkpoint it went on from."""
     monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("CAP_MIB", str(cap))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    dataset, work, events, said = example_dataset(tmp_path / "dataset"), tmp_path / "work", [], []
+    dataset, work, events, said = dataset or example_dataset(tmp_path / "dataset"), tmp_path / "work", [], []
     config = tmp_path / "config.json"
     config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
     arguments = [str(config), "--base", str(base.base), "--dataset", str(dataset), "--out", str(tmp_path / "out")]
@@ -62,3 +63,19 @@ def test_a_lid_on_memory_is_met_by_smaller_micro_batches_until_it_fits(base, tmp
     assert tags["rung.1"] == "micro-batch 64 -> 32, accumulated to 64 as before"
     assert "allocate" in tags["out_of_memory.1"] and len(said) == taken
     assert report["facts"]["steps"] == 3
+
+
+def test_a_single_long_row_is_met_by_recompute(tmp_path, monkeypatch):
+    """Eight layers keep 2 x 8192 float32 numbers of each of some 1000 tokens; made again, one layer at a time does."""
+    deep = ModelDir(pico_model(tmp_path / "deep", hidden=32, layers=8, intermediate_size=8192))
+    text = " ".join(f"Close audit {n} for the north hall." for n in range(40))
+    long = [Row(messages=[Message(role="user", content=f"{n} {text}"), Message(role="assistant", content="{}")])
+            for n in range(3)]  # fmt: skip
+    (tmp_path / "long").mkdir()
+    write_rows(tmp_path / "long" / "train.jsonl", long)
+    one = dict(batch_size=1, micro_batch_size=1, max_steps=1)
+    tags, events, said = descended(deep, tmp_path, monkeypatch, 400, tmp_path / "long", **one)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["facts"]["steps"] == 1 and report["details"]["batch"] == {"effective": 1, "micro": 1}
+    assert tags["rung.1"] == "recompute on" and "allocate" in tags["out_of_memory.1"] and len(said) == 1
+    assert "rung.2" not in tags

@@ -8,7 +8,6 @@ Short rows; `--rows` are a GPU's of a step, each GPU asks its own teacher first.
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
@@ -21,10 +20,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=1280)
     parser.add_argument("--pico", action="store_true")
     arguments = parser.parse_args()
-    if os.environ.get("LOCAL_RANK") is not None:  # one GPU a process, as tasks.core.command does it
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = cards[int(os.environ["LOCAL_RANK"])]
-    from tasks.engine import processes
+    from tasks.engine import processes  # chooses this process's GPU before torch looks
     from tests.benchmarks.distill.ours import ours, states_of
     from tests.benchmarks.distill.shapes import PICO, SHAPES, SIZES, examples, say
 
