@@ -177,6 +177,8 @@ class Graphs:
                 raise BadConfig(f"a micro-batch cannot be a CUDA graph: {reason}. Set cuda_graphs=off") from error
             self.captures = False
             self.close()
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())  # the old state may wait for the capture's end
             self.warn(f"micro-batches run without CUDA graphs: {reason}")
 
     def _work(self, batch: Batch, fresh: bool = False) -> Sums:
