@@ -40,9 +40,7 @@ def attach(
         if "size mismatch" not in str(error):
             raise
         where = " ".join(str(error).split("size mismatch for ")[1].split()).rstrip(".")
-        raise BadConfig(
-            f"{adapter} is no adapter of {directory.base}: {where}. Take the base it was made on"
-        ) from error
+        raise BadConfig(f"{adapter} is no adapter of {directory.base}: {where}. {REMEDY}") from error
     _check_arrived(adapted, directory.base, adapter)
     return cast(PreTrainedModel, adapted)
 

@@ -146,5 +146,8 @@ def host_has(size: float) -> bool:
 
 
 def kept_a_token(model: nn.Module) -> int:
-    """Bytes a token that all layers keep away: their inputs and their MLPs' outputs, in half precision."""
-    return 2 * len(layers_of(model)) * 2 * int(unwrap(model).config.get_text_config().hidden_size)
+    """Bytes a token that all layers keep away: their inputs and their MLPs' outputs, in half precision (several streams
+    of Gemma 3n's: in float32)."""
+    text = unwrap(model).config.get_text_config()
+    streams = int(getattr(text, "altup_num_inputs", 1))
+    return len(layers_of(model)) * int(text.hidden_size) * (2 + streams * (4 if streams > 1 else 2))

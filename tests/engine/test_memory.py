@@ -61,6 +61,8 @@ COMPILED = [
     ("4B", "lora", 8, 1024, RECOMPUTE, 10.37),
     ("4B", "qlora", 8, 1024, RECOMPUTE, 5.92),
 ]
+# python -m tests.benchmarks.architectures, Gemma 3n's text model, 4 x 1024 tokens, half labelled.
+GEMMA_3N_E2B = [("lora", 14.42), ("qlora", 11.74)]
 # python -m tests.benchmarks.distill peers, 1B to 270M with the teacher's states: rows at once, their tokens and labels,
 # MiB of logits.
 DISTILLED = [
@@ -85,6 +87,13 @@ def test_predictions_are_within_a_tenth_of_what_a_gpu_took(size, method, rows, l
     config, tokens = TrainingConfig(**asked), rows * length
     load = load_of(config, method, tokens, tokens if compiled else tokens // 2)
     assert predict(count(shape(size), config, method), load).peak == pytest.approx(gib, rel=0.1)
+
+
+@pytest.mark.parametrize("method, gib", GEMMA_3N_E2B)
+def test_four_streams_in_float32_are_counted(method, gib):
+    config = TrainingConfig(rank=32, precision="bfloat16", compile="off", gradient_checkpointing=True)
+    shapes = count(shape("E2B").get_text_config(), config, method)
+    assert predict(shapes, load_of(config, method, 4096, 2048)).peak == pytest.approx(gib, rel=0.02)
 
 
 @pytest.mark.parametrize("rows, tokens, labels, mib, gib", DISTILLED)

@@ -14,19 +14,27 @@ CHUNK = 4096  # tokens that the MLP as one operation works on at a time (tasks.e
 
 def activations(shapes: Shapes, load: Load, half: int) -> tuple[float, float]:
     """Bytes of what is kept for the backward, and of what a layer's work needs for a moment."""
-    stream = shapes.streams * shapes.hidden * half
+    wide = 4 if shapes.streams > 1 else half  # on CUDA autocast squares in float32, so AltUp scales its streams to that
+    stream = shapes.streams * shapes.hidden * wide
     if load.method == "full" and shapes.stacked and load.replayed and not load.recompute:
         # Queries, keys, values; attention's output before and behind its matrix, the stream after it; gate, up, down.
         whole = half * (3 * shapes.hidden + 2 * shapes.query + 2 * shapes.key + 2 * shapes.ffn)
         return float(load.tokens * shapes.layers * whole), half * load.tokens * (shapes.ffn + 6.0 * shapes.hidden)
     kept, again, inside = _layer(shapes, load, half)
+    if shapes.streams > 1:
+        more, at_once = _altup(shapes, half)
+        # A sparse MLP is no single operation: gate, up, relu and activation in float32, in half precision the product.
+        # Recomputed it needs more than other MLPs too, but early, while fewer streams wait (the first 10 of 30 layers).
+        sparse = (16 - half) * shapes.ffn * shapes.sparse / shapes.layers
+        kept, again, inside = kept + more + stream + sparse, again + more, max(inside, load.tokens * at_once)
     of_layers: float = load.tokens * (shapes.layers * kept + stream)
     if load.recompute:
         stays = float((stream + _saved(shapes, load, half)) * shapes.layers)
         if load.away:
             stays += (AWAY_LAYERS - shapes.layers) * (stream + half * shapes.hidden)
         of_layers = load.tokens * (stays + stream + again)
-    return of_layers + load.tokens * shapes.layers * shapes.per_layer * half * 2, inside
+    # Per-layer embeddings, and in float32 what enters the norm of their adapted projection.
+    return of_layers + load.tokens * shapes.layers * shapes.per_layer * (half + 4.0), inside
 
 
 def _layer(shapes: Shapes, load: Load, half: int) -> tuple[float, float, float]:
@@ -53,6 +61,20 @@ def _layer(shapes: Shapes, load: Load, half: int) -> tuple[float, float, float]:
     product = full or (shapes.gated and not load.dropout)  # what enters down: only its own gradient needs that
     kept = rest + half * (3 + product) * ffn
     return kept, kept, float(load.tokens * half * (2 * ffn + 4 * hidden))
+
+
+def _altup(shapes: Shapes, half: int) -> tuple[float, float]:
+    """Bytes a token that AltUp and LAuReL (Gemma 3n) add to what a layer keeps, and those that are there for a moment
+    when it has just been made again.
+
+    Kept: predictions and the innovation of each stream in float32, the streams as their product takes them, norms
+    (LAuReL's, the router's, the per-layer input's, values') less the one that the predictions hold, inputs that q, k, v
+    and LAuReL each take to half precision, the per-layer gate. For a moment: the streams' gradient, and what the
+    layer's variables hold until it returns (six in float32, three in half precision).
+    """
+    hidden, streams = shapes.hidden, shapes.streams * shapes.hidden
+    kept = (8 + half) * streams + 4 * (2 * hidden + shapes.key) + half * 4 * hidden + (8 + half) * shapes.per_layer
+    return float(kept), 4.0 * (streams + 6 * hidden) + half * 3.0 * hidden
 
 
 def _saved(shapes: Shapes, load: Load, half: int) -> float:

@@ -23,7 +23,8 @@ class Shapes(NamedTuple):
     """Sizes in elements. `ffn`, `query` and `key` are a layer's widths, `adapted_in` and `adapted_out` summed widths of
     a layer's adapted matrices, `streams` how many residual streams run side by side (AltUp in Gemma 3n), `per_layer`
     the width of per-layer embeddings, `embedded` the trained elements of embeddings; `gated` says whether the gated
-    MLP has adapters on all its matrices, `stacked` whether tasks.engine.stack runs the layers when all are trained."""
+    MLP has adapters on all its matrices, `stacked` whether tasks.engine.stack runs the layers when all are trained,
+    `sparse` how many layers let few of their gates through (Gemma 3n)."""
 
     layers: int
     hidden: int
@@ -44,6 +45,7 @@ class Shapes(NamedTuple):
     head: int
     gated: bool
     stacked: bool = False
+    sparse: int = 0
 
 
 def shapes_of(base: ModelDir, config: TrainingConfig, method: Method) -> Shapes:
@@ -108,6 +110,7 @@ def count(found: PretrainedConfig, config: TrainingConfig, method: Method) -> Sh
         head=text.vocab_size * text.hidden_size,
         gated=gated,
         stacked=text.model_type == "gemma3_text",
+        sparse=sum(part > 0 for part in getattr(text, "activation_sparsity_pattern", None) or ()),
     )
 
 
