@@ -97,10 +97,7 @@ def _gguf(
     label = f"{one.kind}{' imatrix' if one.imatrix else ''}"
     gguf = run(f"gguf {label}", convert, one, model, dataset, outliers=outliers)
     facts = run(f"evaluate {label}", evaluate, config.evaluate, model, dataset, label, gguf).facts
-    known = {
-        "tokens_per_second": "alone_tokens_per_second",
-        "exact": "exact_match",
-    }  # one at a time
+    known = {"tokens_per_second": "alone_tokens_per_second", "exact": "exact_match"}
     scores = {name: facts[fact] for name, fact in known.items() if fact in facts}
     foretold = json.loads((fetched(run.settings, outliers.digest) / "verdict.json").read_text())
     predicted = foretold["models"][foretold["focus"]]["targets"]["gguf_cpu"]["verdict"]

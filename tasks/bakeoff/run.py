@@ -6,7 +6,6 @@ python -m tasks.bakeoff.run config.json --model DIR --dataset DIR [--outliers DI
 """
 
 import json
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig, BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tasks.core.resident import peak_resident
 from tasks.core.rows import read_rows
 from tasks.engine.agreement import answer_logits, held_out
 from tasks.engine.chat import Example, encode
@@ -73,7 +73,7 @@ def tried(
     start = time.perf_counter()
     made = METHODS[config.method](source)
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if source.device == "cuda" else _resident()
+    peak = torch.cuda.max_memory_allocated() if source.device == "cuda" else peak_resident()
     outcome = trial(made.model, examples, reference)
     speed = tokens_per_second(made.model, examples[0].input_ids[:16], config.speed_tokens)
     return {"bytes": made.bytes, "seconds": seconds, "peak_bytes": peak, **outcome, **speed}
@@ -106,10 +106,6 @@ def foretold(config: BakeoffConfig, outliers: Path | None) -> dict[str, str]:
         concerned.append("int8_activations")
     worst = max((targets[name] for name in concerned), key=lambda said: WORDS.index(said["verdict"]))
     return {"predicted": worst["verdict"], "because": worst["because"][0]}
-
-
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

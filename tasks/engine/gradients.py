@@ -34,10 +34,12 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     whole = [grad for grad in grads if not is_split(grad)]
     parts = [own(grad) for grad in grads if is_split(grad)]
     norm = torch.nn.utils.get_total_norm(whole) if whole else torch.zeros((), device=grads[0].device)
-    if parts:
-        square = total(torch.nn.utils.get_total_norm(parts).square())
-        norm = (norm.square() + square).sqrt()
-    return norm
+    return norm_with_parts(norm, torch.nn.utils.get_total_norm(parts)) if parts else norm
+
+
+def norm_with_parts(whole: Tensor, part: Tensor) -> Tensor:
+    """The norm of what all processes hold together: of norm `whole` in each of them, and `part` in this one alone."""
+    return (whole.square() + total(part.square())).sqrt()
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:

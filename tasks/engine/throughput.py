@@ -7,7 +7,6 @@ and twice that backward. The head counts for labelled tokens only, the embedding
 """
 
 import math
-import resource
 import statistics
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tasks.core.resident import peak_resident
 from tasks.engine.head import layers_of, unwrap
 from tasks.engine.load import TOWERS
 
@@ -39,7 +39,7 @@ def peak_gib(device: str) -> float:
     """The most that torch had allocated on the card; on the CPU the most that this process had in memory."""
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated()) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    return peak_resident() / 2**30
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.core.errors import StageError
+from tasks.core.resident import peak_resident
 from tasks.engine.ggml import Bytes, prepare, to_type
 from tasks.engine.ggml_types import TYPES
 from tasks.gguf.header import Header, TensorInfo, pack_text, pack_uint32, padding, read_header, write_header
@@ -77,14 +78,7 @@ def write(model: Model, order: dict[str, Any], say: Callable[..., None]) -> None
             file.write(padding(infos[i].bytes))
             if i + 1 < len(names):
                 say(done=i + 1, total=len(names))
-    say(done=len(names), total=len(names), peak_bytes=_peak_bytes())  # when the file is closed
-
-
-def _peak_bytes() -> int:
-    """This process's largest resident size. Not ru_maxrss: that begins with the size of the process that started it."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    say(done=len(names), total=len(names), peak_bytes=peak_resident())  # when the file is closed
 
 
 def _encoded(source: Source, type_: str, imatrix: Imatrix | None, pool: ThreadPoolExecutor) -> Iterator[Bytes]:
