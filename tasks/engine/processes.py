@@ -34,9 +34,7 @@ def join() -> None:
             seen = os.environ.get("CUDA_VISIBLE_DEVICES")
             raise BadConfig(f"processes={wanted}, and there is no GPU {seen}: set processes to the number of GPUs")
         if device == "cuda":
-            os.environ.setdefault(
-                "NCCL_GRAPH_REGISTER", "0"
-            )  # Megatron-LM asks it of expandable segments
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # Megatron-LM asks it of expandable segments
             dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device("cuda", 0))  # the card it sees
         else:
             dist.init_process_group("gloo", timeout=PATIENCE)
