@@ -22,13 +22,13 @@ from flows.report import publish
 from flows.report import show as show_models
 from flows.stages import Stages
 from flows.start import start
+from tasks.core.import_inputs import take_files, take_model
 from tasks.core.inputs import fetched
-from tasks.core.paired import Prediction, read_predictions, transfer
+from tasks.core.paired_comparison import Prediction, read_predictions, transfer
 from tasks.core.refs import AnyModel, DatasetRef, ReportRef
-from tasks.core.take import take_files, take_model
 from tasks.distill import DistillConfig
-from tasks.distill.states.task import remember
 from tasks.distill.task import distil
+from tasks.distill.teacher_cache.task import remember
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
 from tasks.ingest import IngestConfig

@@ -17,8 +17,8 @@ from flows.config import FlowConfig, given_files
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import publish_verdict
+from tasks.core.import_inputs import take_files, take_model
 from tasks.core.refs import AnyModel, DatasetRef
-from tasks.core.take import take_files, take_model
 from tasks.ingest import IngestConfig
 from tasks.ingest.task import ingest
 from tasks.outliers import OutlierConfig

@@ -20,9 +20,9 @@ from flows.verdict import verdict_table
 from tasks.bakeoff import BakeoffConfig, Method
 from tasks.bakeoff.table import draw, gguf_row, markdown, table
 from tasks.bakeoff.task import bake
+from tasks.core.import_inputs import take_files, take_model
 from tasks.core.inputs import fetched
 from tasks.core.refs import DatasetRef, ModelRef, ReportRef
-from tasks.core.take import take_files, take_model
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
 from tasks.gguf import GgufConfig, Kind

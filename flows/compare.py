@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tasks.core.errors import BadConfig, BadData, StageError
 from tasks.core.mlflow_report import download_report
-from tasks.core.paired import Paired, compare, read_predictions, same_rows
+from tasks.core.paired_comparison import Paired, compare, read_predictions, same_rows
 from tasks.core.settings import Settings
 
 CHECKS = ["exact_match", "intent_accuracy", "json_valid", "schema_valid", "token_f1", "rouge_l", "metric"]

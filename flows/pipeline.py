@@ -18,10 +18,10 @@ from flows.report import publish, show
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import verdict_table
+from tasks.core.import_inputs import take_files, take_model
 from tasks.core.refs import AnyModel, GgufRef
-from tasks.core.take import take_files, take_model
-from tasks.distill.states.task import remember
 from tasks.distill.task import distil
+from tasks.distill.teacher_cache.task import remember
 from tasks.evaluate.task import evaluate
 from tasks.gate.task import gate, require_passed
 from tasks.gguf.task import convert

@@ -17,8 +17,8 @@ from flows.report import publish, show
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import verdict_table
+from tasks.core.import_inputs import take_files, take_model
 from tasks.core.refs import GgufRef
-from tasks.core.take import take_files, take_model
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
 from tasks.gate import GateConfig

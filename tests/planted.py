@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from tasks.core.refs import ModelDir
-from tasks.engine.rescale import rescaled, write_model
-from tasks.engine.weights import weights
+from tasks.engine.weights.effective import weights
+from tasks.engine.weights.rescale import rescaled, write_model
 
 
 def plant(model: Path, out: Path, k: float = 1024.0, untie: bool = True) -> Path:

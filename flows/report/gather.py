@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.core.inputs import fetched
-from tasks.core.paired import Prediction, disagreements, read_predictions
+from tasks.core.paired_comparison import Prediction, disagreements, read_predictions
 from tasks.core.refs import ReportRef
 from tasks.core.settings import Settings
 from tasks.core.shell import AnyRef

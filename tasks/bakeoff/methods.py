@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from tasks.engine.load import model_class, read_config
+from tasks.engine.models.load import model_class, read_config
 
 GROUP = 32  # values a scale, as in GGUF: it divides every Gemma 3 width
 

@@ -18,13 +18,13 @@ from tasks.bakeoff.methods import METHODS, Source
 from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig, BadData
 from tasks.core.job import Job
+from tasks.core.peak_memory import peak_resident
 from tasks.core.refs import ModelDir
-from tasks.core.resident import peak_resident
 from tasks.core.rows import read_rows
-from tasks.engine.agreement import answer_logits, held_out
-from tasks.engine.chat import Example, encode
-from tasks.engine.load import load_model, load_tokenizer, pick_device
-from tasks.engine.trial import trial
+from tasks.engine.compare.agreement import answer_logits, held_out
+from tasks.engine.compare.changed_model import trial
+from tasks.engine.data.chat_template import Example, encode
+from tasks.engine.models.load import load_model, load_tokenizer, pick_device
 
 WORDS = ("safe", "risky", "unsafe", "unknown")
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, KeyError)

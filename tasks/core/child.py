@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from tasks.core.errors import BY_EXIT_CODE, Killed, StageError, Stalled
-from tasks.core.warm import Nursery, WarmChild
+from tasks.core.fork_server import Nursery, WarmChild
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0  # Prefect's own grace for a cancelled run is 30 s for the whole process group

@@ -33,10 +33,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.core.errors import BadConfig, BadData, DeviceLost, NoSpace, OutOfMemory, StageError
 from tasks.core.job import Job
-from tasks.core.parent import die_with_parent, name_process
+from tasks.core.model_files import fault
+from tasks.core.parent_process import die_with_parent, name_process
 from tasks.core.provenance import provenance
 from tasks.core.refs import Fact, ModelDir
-from tasks.core.whole import fault
 
 
 class Report(BaseModel):

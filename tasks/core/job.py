@@ -23,7 +23,8 @@ class Job:
     `work` is scratch space that outlives the process: named by the stage's cache key, so that a retry, a new run or
     a new machine finds the checkpoints there. `rung` counts the out-of-memory retries so far: at rung k a stage
     divides its micro-batch by 2**k and multiplies accumulation, its effective batch unchanged, or, in training, goes
-    down `tasks.core.ladder`. Of several processes, those after the first (`rank`) tell into files of their own, which
+    down `tasks.core.memory_fallback`. Of several processes, those after the first (`rank`) tell into files of their
+    own, which
     nobody forwards.
     """
 

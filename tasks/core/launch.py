@@ -9,7 +9,7 @@ import os
 import runpy
 import sys
 
-from tasks.core.parent import die_with_parent, name_process
+from tasks.core.parent_process import die_with_parent, name_process
 
 
 def main(arguments: list[str]) -> None:

@@ -33,7 +33,8 @@ class Settings(BaseSettings):
     timeout_seconds: float = Field(default=7 * 24 * 3600, gt=0)
     """A command that runs longer is stopped."""
     warm_start: Literal["auto", "on", "off"] = "auto"
-    """Fork stages off one process that has imported torch (tasks/core/warm.py); `auto`: where no CUDA device is."""
+    """Fork stages off one process that has imported torch (tasks/core/fork_server.py); `auto`: where no CUDA device
+    is."""
     keep_scratch: bool = False
     """Keep a finished stage's checkpoints and logs below `<home>/scratch`."""
     experiment: str = "stillhouse"

@@ -21,13 +21,13 @@ from tasks.core.cache import cache_key
 from tasks.core.child import run_command
 from tasks.core.config import StageConfig
 from tasks.core.errors import OutOfMemory, StageError
+from tasks.core.gpu_slot import gpu_slot
 from tasks.core.inputs import fetched, in_use
+from tasks.core.mlflow_record import record_cached, record_failed, record_inputs, record_output, system_metrics
 from tasks.core.mlflow_run import Run
 from tasks.core.progress import ProgressView
-from tasks.core.record import record_cached, record_failed, record_inputs, record_output, system_metrics
 from tasks.core.refs import AdapterRef, DatasetRef, FilesRef, GgufRef, ModelDir, ModelRef, ReportRef
 from tasks.core.settings import Settings
-from tasks.core.slot import gpu_slot
 from tasks.core.store import Store, open_store
 from tasks.core.tracking import tracker
 
@@ -139,7 +139,8 @@ def _run(
 def descend(start: Callable[[int], None], rung: Path, run: Run, warn: Callable[[str], None]) -> None:
     """Calls `start(rungs)` until it does not run out of memory, one rung lower each time; `rung` remembers how many.
 
-    What a rung gives up is the command's own business (tasks.core.ladder), which ends the descent with its own error.
+    What a rung gives up is the command's own business (tasks.core.memory_fallback), which ends the descent with its
+    own error.
     """
     rungs = int(rung.read_text()) if rung.exists() else 0
     while True:

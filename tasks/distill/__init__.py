@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.core.training import TrainingConfig
-from tasks.distill.states import StatesConfig, TeacherPrecision
+from tasks.core.training_config import TrainingConfig
+from tasks.distill.teacher_cache import StatesConfig, TeacherPrecision
 
 
 class DistillConfig(TrainingConfig):

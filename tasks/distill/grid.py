@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
 from tasks.distill import DistillConfig
-from tasks.engine.ggml_blocks import BLOCK, BlockKind, snap_
+from tasks.engine.runtimes.ggml_blocks import BLOCK, BlockKind, snap_
 
 # llama.cpp decides by architecture which tensors it quantizes; of Gemma 3n it leaves many small ones alone.
 KNOWN = ("gemma3_text",)

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
-from tasks.distill.lessons import Lessons
+from tasks.distill.teacher_targets import Lessons
 from tasks.distill.teachers import Remembered, remembered
-from tasks.engine.chat import IGNORE, Example, turn_end
-from tasks.engine.head import unwrap
-from tasks.engine.load import cap_scores
+from tasks.engine.data.chat_template import IGNORE, Example, turn_end
 from tasks.engine.losses import Mix
-from tasks.engine.plan import Objective, Plan, validation_losses
-from tasks.engine.trainer import train
+from tasks.engine.models.lm_head import unwrap
+from tasks.engine.models.load import cap_scores
+from tasks.engine.training.loop import train
+from tasks.engine.training.spec import Objective, Plan, validation_losses
 
 TOGETHER = 64  # rows answered at once
 

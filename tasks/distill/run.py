@@ -17,24 +17,24 @@ from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
-from tasks.distill.balance import Balance
+from tasks.distill.gradient_balance import Balance
 from tasks.distill.grid import Grid, settle
-from tasks.distill.lessons import Lessons, prepare
 from tasks.distill.on_policy import OnPolicy
+from tasks.distill.teacher_targets import Lessons, prepare
 from tasks.distill.teachers import Remembered
 from tasks.distill.vocabulary_trim import trim
-from tasks.engine import processes
-from tasks.engine.batches import Batch
-from tasks.engine.head import head_of, hidden_states
-from tasks.engine.load import load_tokenizer, pick_device
+from tasks.engine.data.collator import Batch
+from tasks.engine.data.tokenizers import require_same_tokens
+from tasks.engine.distributed import ranks
 from tasks.engine.losses import Head, Mix, distillation
-from tasks.engine.memory.beside import Beside, asked, remembered
 from tasks.engine.memory.fit import fitted
-from tasks.engine.outcome import fingerprint, finish, read_splits
-from tasks.engine.plan import Objective, Plan
-from tasks.engine.tokenizers import require_same_tokens
-from tasks.engine.trainable import trainable_model
-from tasks.engine.trainer import train
+from tasks.engine.memory.teacher_memory import Beside, asked, remembered
+from tasks.engine.models.lm_head import head_of, hidden_states
+from tasks.engine.models.load import load_tokenizer, pick_device
+from tasks.engine.models.trainable import trainable_model
+from tasks.engine.training.loop import train
+from tasks.engine.training.results import fingerprint, finish, read_splits
+from tasks.engine.training.spec import Objective, Plan
 
 WINDOW = 4  # steps that deal their rows anew: all of one size, so that hardly anything is filled up
 
@@ -54,7 +54,7 @@ def distil(
     `states` are what `remember` kept of this teacher; rows that they lack are asked of the teacher now. `texts` are a
     user's own texts, whose most frequent pieces a smaller `vocabulary` keeps.
     """
-    processes.join()
+    ranks.join()
     report = Report()
     tokenizer, teachers = load_tokenizer(student, config.chat_template), load_tokenizer(teacher)
     require_same_tokens(teachers, tokenizer)
@@ -62,7 +62,7 @@ def distil(
         report.warnings.append("teacher and student have different chat templates; the student's is used for both")
     rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
     made_by = fingerprint(config, dataset, student, teacher)
-    with processes.in_turn():
+    with ranks.in_turn():
         trimmed = trim(config, student, tokenizer, dataset, texts, report, job)
         lessons = prepare(config, teacher, dataset, tokenizer, rows, validation, states, out, report, job)
     rows = lessons.rows
@@ -106,11 +106,11 @@ def distil(
     if config.grid != "none":
         report.details["grid"] = settle(model, config)
         dtype = torch.float32  # d * q has up to 18 bits
-    if processes.rank() == 0:
+    if ranks.rank() == 0:
         report = finish(plan, model, history, config.method, student, out, report, "Distilling the student", dtype)
         if memory:
             report.details["memory_plan"] = memory.told()
-    processes.leave()
+    ranks.leave()
     return report
 
 

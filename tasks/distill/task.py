@@ -1,4 +1,4 @@
-"""The distill stage's task; the teacher's states are a task of their own (tasks.distill.states.task)."""
+"""The distill stage's task; the teacher's states are a task of their own (tasks.distill.teacher_cache.task)."""
 
 from prefect import task
 

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.distill.states import TEMPERATURES, StatesConfig
-from tasks.distill.states.remember import Ask, remember_rows, what_to_keep
-from tasks.distill.states.store import States, row_key, teacher_key
-from tasks.distill.states.teacher import load_teacher
-from tasks.engine.batches import Batch
-from tasks.engine.chat import Example
-from tasks.engine.head import head_of, hidden_states
-from tasks.engine.load import pick_device, read_config
+from tasks.distill.teacher_cache import TEMPERATURES, StatesConfig
+from tasks.distill.teacher_cache.hidden_states import States, row_key, teacher_key
+from tasks.distill.teacher_cache.load_teacher import load_teacher
+from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows, what_to_keep
+from tasks.engine.data.chat_template import Example
+from tasks.engine.data.collator import Batch
 from tasks.engine.losses import Head, TopK
+from tasks.engine.models.lm_head import head_of, hidden_states
+from tasks.engine.models.load import pick_device, read_config
 
 TAUGHT = ("teacher_logits", "teacher_ids", "teacher_lse", "teacher_states", "label_weights")
 

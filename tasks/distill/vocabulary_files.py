@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.distill.vocabulary import Pieces
-from tasks.engine.stored import stored_tensors
-from tasks.engine.trainable import TOKENIZER_FILES
+from tasks.engine.models.trainable import TOKENIZER_FILES
+from tasks.engine.weights.safetensors_reader import stored_tensors
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 KNOWN = ("gemma3_text",)  # Gemma 3n has a second table of pieces, and multimodal checkpoints ids of images

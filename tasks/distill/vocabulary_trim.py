@@ -20,11 +20,11 @@ from tasks.core.rows import read_rows
 from tasks.distill import DistillConfig
 from tasks.distill.vocabulary import Pieces, choose
 from tasks.distill.vocabulary_files import config_ids, write_trimmed
-from tasks.engine import processes
-from tasks.engine.chat import IGNORE, Example, encode
-from tasks.engine.load import load_tokenizer
+from tasks.engine.data.chat_template import IGNORE, Example, encode
+from tasks.engine.distributed import ranks
 from tasks.engine.losses import Head
-from tasks.engine.stored import stored_tensors
+from tasks.engine.models.load import load_tokenizer
+from tasks.engine.weights.safetensors_reader import stored_tensors
 
 PROBE = 'Turn  valve 17 on:\n\t{"intent": "Größe №5 🔧", "entities": {}}\r\n<b>Ωmega</b> ⅓ 東京 \x07'
 SEEN = ("train.jsonl", "validation.jsonl", "calibration.jsonl")  # not the held-out rows: they tell what it costs
@@ -74,7 +74,7 @@ def trim(
     counted = Counter(i for line in _lines(texts) for i in tokenizer(line, add_special_tokens=False)["input_ids"])
     wanted = sorted(counted, key=lambda index: (-counted[index], index))
     kept = choose(pieces, needed, wanted, config.vocabulary, rows)
-    own = job.work / (f"trimmed-{processes.rank()}" if processes.rank() else "trimmed")
+    own = job.work / (f"trimmed-{ranks.rank()}" if ranks.rank() else "trimmed")
     trimmed = Trimmed(write_trimmed(student.base, pieces, kept, own), kept)
     small = load_tokenizer(trimmed.student, config.chat_template)
     _prove(tokenizer, small, trimmed, dataset, data)

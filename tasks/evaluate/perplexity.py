@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.core.errors import BadData
 from tasks.core.rows import Row
-from tasks.engine.chat import IGNORE, encode, prompt_ids, turn_end
-from tasks.evaluate.asked import Engine, Text
+from tasks.engine.data.chat_template import IGNORE, encode, prompt_ids, turn_end
+from tasks.evaluate.generation import Engine, Text
 
 WINDOW = 256
 """Tokens of general text that are read together."""

@@ -17,19 +17,19 @@ from tasks.core.errors import BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Row, read_rows
-from tasks.engine.chat import end_ids, prompt_ids
-from tasks.engine.load import load_tokenizer, read_config
+from tasks.engine.data.chat_template import end_ids, prompt_ids
+from tasks.engine.models.load import load_tokenizer, read_config
 from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.asked import Asked, Engine, Schema, Text, Whole, check_lengths, spread
-from tasks.evaluate.hf import hf_engine
-from tasks.evaluate.judge import Judged, json_object, judge
-from tasks.evaluate.llama import llama_engine
-from tasks.evaluate.measure import Measured, measure, speeds
-from tasks.evaluate.own_metric import load_metric
+from tasks.evaluate.answer_scores import Judged, json_object, judge
+from tasks.evaluate.generation import Asked, Engine, Schema, Text, Whole, check_lengths, spread
+from tasks.evaluate.hf_generation import hf_engine
+from tasks.evaluate.llama_generation import llama_engine
+from tasks.evaluate.measurements import Measured, measure, speeds
 from tasks.evaluate.perplexity import answers, windows
 from tasks.evaluate.report import plot_confusion, write_mistakes
 from tasks.evaluate.schema import checker, held_to, infer_schema
 from tasks.evaluate.scores import score
+from tasks.evaluate.user_metric import load_metric
 
 MAIN = ("json_valid", "schema_valid", "intent_accuracy", "intent_macro_f1", "entity_f1", "exact_match",
         "out_of_scope_recall", "out_of_scope_precision", "token_f1", "rouge_l", "metric")  # fmt: skip

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tasks.evaluate.asked import Schema
+from tasks.evaluate.generation import Schema
 
 Value = dict[str, Any]
 NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.core.intervals import Rate, wilson
+from tasks.evaluate.answer_scores import Judged
 from tasks.evaluate.bootstrap import Counts, Estimate, over_kinds, over_values
-from tasks.evaluate.judge import Judged
 
 Pair = tuple[str, str]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tasks.core.errors import BadConfig
-from tasks.core.paired import Paired, Prediction, compare, same_rows
+from tasks.core.paired_comparison import Paired, Prediction, compare, same_rows
 from tasks.gate import GateConfig
 
 MODELS = ("teacher-base", "student-base", "teacher", "direct", "student", "merged")

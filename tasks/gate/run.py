@@ -11,7 +11,7 @@ from pathlib import Path
 from tasks.core.command import Report, command
 from tasks.core.errors import BadData
 from tasks.core.job import Job
-from tasks.core.paired import Paired, read_predictions, transfer
+from tasks.core.paired_comparison import Paired, read_predictions, transfer
 from tasks.core.refs import ModelDir
 from tasks.gate import GateConfig
 from tasks.gate.rules import Evaluation, Rule, files_of, judge_rules, pick_check, said_of

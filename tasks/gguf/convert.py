@@ -16,11 +16,11 @@ from typing import Any
 
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
-from tasks.engine.ggml_types import FLOATS
-from tasks.engine.llama import last_words, llama_environment
-from tasks.gguf.hf import stage, stored_type
-from tasks.gguf.mixture import Wanted
-from tasks.gguf.plan import Plan, Skeleton, make_plan
+from tasks.engine.runtimes.ggml_types import FLOATS
+from tasks.engine.runtimes.llama_logits import last_words, llama_environment
+from tasks.gguf.conversion_plan import Plan, Skeleton, make_plan
+from tasks.gguf.hf_directory import stage, stored_type
+from tasks.gguf.tensor_types import Wanted
 
 
 class Conversion:

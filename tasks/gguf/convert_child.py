@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.core.errors import StageError
-from tasks.core.resident import peak_resident
-from tasks.engine.ggml import Bytes, prepare, to_type
-from tasks.engine.ggml_types import TYPES
+from tasks.core.peak_memory import peak_resident
+from tasks.engine.runtimes.ggml import Bytes, prepare, to_type
+from tasks.engine.runtimes.ggml_types import TYPES
 from tasks.gguf.header import Header, TensorInfo, pack_text, pack_uint32, padding, read_header, write_header
 from tasks.gguf.imatrix import Imatrix, read_imatrix
 from tasks.gguf.kinds import KINDS
 from tasks.gguf.roles import EMBEDDINGS, layer_order
-from tasks.gguf.values import Place, Source
+from tasks.gguf.tensor_values import Place, Source
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 THREADS = len(os.sched_getaffinity(0))

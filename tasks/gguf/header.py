@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.core.errors import BadConfig
-from tasks.engine.ggml_types import TYPES, tensor_bytes
+from tasks.engine.runtimes.ggml_types import TYPES, tensor_bytes
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 UINT32, STRING, ARRAY = 4, 8, 9

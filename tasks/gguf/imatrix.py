@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tasks.core.errors import BadConfig
-from tasks.engine.ggml import Floats
+from tasks.engine.runtimes.ggml import Floats
 from tasks.gguf.header import Header, TensorInfo, pack_text, pack_uint32, read_header
 
 FILE = "imatrix.gguf"

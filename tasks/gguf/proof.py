@@ -7,13 +7,13 @@ import torch
 from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.agreement import Agreement, answer_start, held_out
-from tasks.engine.chat import IGNORE, Example, encode, prompt_ids
-from tasks.engine.llama import LlamaInput, llama_logits
-from tasks.engine.llama_server import llama_server
-from tasks.engine.load import load_tokenizer
-from tasks.engine.remembered import Remembered
-from tasks.engine.text_half import load_text
+from tasks.engine.compare.agreement import Agreement, answer_start, held_out
+from tasks.engine.compare.reference_logits import Remembered
+from tasks.engine.data.chat_template import IGNORE, Example, encode, prompt_ids
+from tasks.engine.models.load import load_tokenizer
+from tasks.engine.models.text_only import load_text
+from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
+from tasks.engine.runtimes.llama_server import llama_server
 from tasks.gguf import GgufConfig
 
 # (largest mean KL, smallest top-1 agreement): generous where the format is coarse, for models of a few million

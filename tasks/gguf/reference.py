@@ -19,7 +19,7 @@ import torch
 
 from tasks.core.errors import BadConfig
 from tasks.gguf.header import ARRAY, SCALARS, STRING
-from tasks.gguf.values import Place, Source
+from tasks.gguf.tensor_values import Place, Source
 
 DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16"}  # safetensors' names and ggml's
 

@@ -11,22 +11,22 @@ from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.agreement import Agreement
-from tasks.engine.ggml_types import FLOATS
+from tasks.engine.compare.agreement import Agreement
+from tasks.engine.runtimes.ggml_types import FLOATS
 from tasks.gguf import GgufConfig
-from tasks.gguf.choice import candidates
+from tasks.gguf.audit_verdict import verdict_warnings
+from tasks.gguf.conversion_plan import Plan, all_sizes
 from tasks.gguf.convert import Conversion, converting
 from tasks.gguf.header import read_header
 from tasks.gguf.imatrix import FILE
+from tasks.gguf.kind_choice import candidates
 from tasks.gguf.kinds import KINDS
 from tasks.gguf.metadata import origin
-from tasks.gguf.page import markdown, tensors_markdown
-from tasks.gguf.plan import Plan, all_sizes
+from tasks.gguf.plan_page import markdown, tensors_markdown
 from tasks.gguf.proof import Proof, budget
 from tasks.gguf.sensitive import markdown as sensitive_markdown
 from tasks.gguf.sensitive import sentence
-from tasks.gguf.serve import write_recipes
-from tasks.gguf.verdict import verdict_warnings
+from tasks.gguf.serving_files import write_recipes
 
 
 def convert(

@@ -1,6 +1,6 @@
 """Which tensors deserve a better type: what the outliers stage measured of them, and what a budget has left.
 
-errors = {"blk.0.ffn_down.weight": {"q4_0": 0.08, "q8_0": 0.005}}    # tasks.gguf.verdict reads them
+errors = {"blk.0.ffn_down.weight": {"q4_0": 0.08, "q8_0": 0.005}}    # tasks.gguf.audit_verdict reads them
 steps = raises(tensors, errors, spare=200_000)                       # what 200 kB buy, best per byte
 """
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from tasks.engine.ggml_types import TYPES, fitting, tensor_bytes
+from tasks.engine.runtimes.ggml_types import TYPES, fitting, tensor_bytes
 
 BETTER = ("Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ALIGNMENT = 32

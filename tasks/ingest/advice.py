@@ -6,8 +6,8 @@ from pathlib import Path
 from tasks.core.errors import BadData
 from tasks.ingest import IngestConfig
 from tasks.ingest.profile import SPLITS, Profile
+from tasks.ingest.row_outcomes import FAULTY
 from tasks.ingest.stage import Staged
-from tasks.ingest.verdict import FAULTY
 
 FEW = 500
 OUT_OF_SCOPE_SHARE = 0.05

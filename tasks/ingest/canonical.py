@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import orjson
 from xxhash import xxh3_64_digest
 
-from tasks.ingest.shapes import MISSING, SHORT, Turn, type_name
+from tasks.ingest.row_shapes import MISSING, SHORT, Turn, type_name
 
 DEPTH = 2  # an answer's own fields, and those of the objects in them (`entities`)
 MOST_KINDS = 20_000

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.core.job import Job
 from tasks.core.rows import Row
-from tasks.engine.chat import count_tokens
-from tasks.ingest.split import seeded_order
+from tasks.engine.data.chat_template import count_tokens
+from tasks.ingest.splits import seeded_order
 from tasks.ingest.stage import staged_lines
 
 SAMPLE = 2000

@@ -68,9 +68,14 @@ def split_by_name(path: PurePath) -> Split:
 
 def read(path: Path, name: str) -> Iterator[Numbered]:
     """Rows of one file, in order; `name` is what errors call it."""
-    from tasks.ingest import arrays, tables  # noqa: PLC0415  (they read through this module's `opened`)
+    from tasks.ingest import json_arrays, tables  # noqa: PLC0415  (they read through this module's `opened`)
 
-    readers = {".csv": tables.csv_rows, ".tsv": tables.csv_rows, ".parquet": tables.parquet_rows, ".json": arrays.rows}
+    readers = {
+        ".csv": tables.csv_rows,
+        ".tsv": tables.csv_rows,
+        ".parquet": tables.parquet_rows,
+        ".json": json_arrays.rows,
+    }
     with damage_told(path, name):
         yield from readers.get(kind(path), lines)(path, name)
 

@@ -16,7 +16,7 @@ def ingest(config: IngestConfig, files: Path, out: Path, job: Job, tokenizer: Mo
 
     Raises BadData for files that cannot be used at all, too few good rows, or too many faulty ones.
     """
-    from tasks.ingest.dataset import make_dataset  # noqa: PLC0415  (worker processes import this module, not that one)
+    from tasks.ingest.two_pass import make_dataset  # noqa: PLC0415  (worker processes import this module, not that one)
 
     return make_dataset(config, files, out, job, tokenizer)
 

@@ -18,13 +18,13 @@ import polars as pl
 
 from tasks.core.errors import BadData
 from tasks.core.job import Job
-from tasks.core.parent import die_with_parent
+from tasks.core.parent_process import die_with_parent
 from tasks.ingest import IngestConfig
-from tasks.ingest.block import Block, Done, Rules, Stretch, stage_block
 from tasks.ingest.canonical import Kinds
 from tasks.ingest.diagnose import what_is_wrong
 from tasks.ingest.read import Split, Unreadable, data_files, is_lines, is_packed, line_blocks, read
-from tasks.ingest.shapes import recognise
+from tasks.ingest.row_shapes import recognise
+from tasks.ingest.worker import Block, Done, Rules, Stretch, stage_block
 
 SAMPLE = 200
 BLOCK_BYTES, BLOCK_ROWS = 4 << 20, 5000

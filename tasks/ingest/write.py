@@ -11,9 +11,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from tasks.core.job import Job
-from tasks.ingest.judge import Judged
 from tasks.ingest.profile import SPLITS
 from tasks.ingest.reasons import Reasons
+from tasks.ingest.row_selection import Judged
 from tasks.ingest.stage import Staged
 
 SHOWN_BYTES = 4_000_000

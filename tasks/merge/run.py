@@ -15,15 +15,15 @@ from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.agreement import Agreement, held_out
-from tasks.engine.chat import encode
-from tasks.engine.load import load_tokenizer
-from tasks.engine.packed import unpacked
-from tasks.engine.remembered import Remembered
-from tasks.engine.rescale import clipped, rescaled
-from tasks.engine.stored import stored_tensors
-from tasks.engine.text_half import adapter_keys, load_text
-from tasks.engine.weights import Weight, weights, write_safetensors
+from tasks.engine.compare.agreement import Agreement, held_out
+from tasks.engine.compare.reference_logits import Remembered
+from tasks.engine.data.chat_template import encode
+from tasks.engine.models.load import load_tokenizer
+from tasks.engine.models.text_only import adapter_keys, load_text
+from tasks.engine.weights.effective import Weight, weights, write_safetensors
+from tasks.engine.weights.nf4 import unpacked
+from tasks.engine.weights.rescale import clipped, rescaled
+from tasks.engine.weights.safetensors_reader import stored_tensors
 from tasks.merge import MergeConfig
 
 TOKENIZER = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.job import Job
-from tasks.outliers.seen import Activations, Channels, Layer, Peak
+from tasks.outliers.layer_statistics import Activations, Channels, Layer, Peak
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 TOWER = re.compile(r"vision|audio")

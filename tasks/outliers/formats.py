@@ -6,8 +6,8 @@ Errors are root-mean-square of the difference over root-mean-square of the value
 import torch
 from torch import Tensor
 
-from tasks.engine.ggml import round_trip
-from tasks.engine.ggml_types import FLOATS, fitting
+from tasks.engine.runtimes.ggml import round_trip
+from tasks.engine.runtimes.ggml_types import FLOATS, fitting
 
 GGML = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K", "q6_k": "Q6_K"}
 FORMATS = (*GGML, "nf4", "int8")

@@ -9,8 +9,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tasks.engine.ggml_names import tensor_names
-from tasks.outliers.seen import Activations
+from tasks.engine.runtimes.ggml_names import tensor_names
+from tasks.outliers.layer_statistics import Activations
 
 CHUNK = 512  # llama-imatrix's unit; only for show here, since rows are not cut into chunks
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tasks.outliers.inherited import grew
+from tasks.outliers.inheritance import grew
 from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
 Numbers = dict[str, Any]

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from tasks.engine.norms import layer, role
+from tasks.engine.models.norms import layer, role
 from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
 Tensors = dict[str, list[dict[str, Any]]]

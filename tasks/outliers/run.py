@@ -13,21 +13,15 @@ from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.weights import weights
+from tasks.engine.weights.effective import weights
 from tasks.outliers import OutlierConfig
 from tasks.outliers.formats import errors
-from tasks.outliers.inherited import (
-    bases,
-    growth,
-    growth_sentence,
-    sentences,
-    stream_sentences,
-)
+from tasks.outliers.inheritance import bases, growth, growth_sentence, sentences, stream_sentences
 from tasks.outliers.page import page, top_tensors
 from tasks.outliers.peaks import rescale_needed
 from tasks.outliers.stats import sample
 from tasks.outliers.targets import TARGETS, judge
-from tasks.outliers.walk import one_thread, walk
+from tasks.outliers.weight_walk import one_thread, walk
 
 Numbers = dict[str, Any]
 
@@ -50,7 +44,7 @@ def find_outliers(
     observed: dict[str, Numbers] = {}
     outcomes: dict[str, Numbers] = {}
     if dataset is not None and config.calibration_rows:
-        from tasks.outliers.observed import observe_model  # noqa: PLC0415 - transformers only where models run
+        from tasks.outliers.forward_pass import observe_model  # noqa: PLC0415 - transformers only where models run
 
         for name, model in models.items():
             saw = observe_model(config, name, model, dataset, out, name == focus, job)

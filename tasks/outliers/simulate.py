@@ -1,6 +1,6 @@
 """What a target does to the model, tried on held-out answers: other dtypes, remedies, int8 activations, AWQ's fold.
 
-Everything is compared with the model in float32 (`tasks.engine.trial` says how).
+Everything is compared with the model in float32 (`tasks.engine.compare.changed_model` says how).
 """
 
 import copy
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.job import Job
-from tasks.engine.agreement import answer_logits
-from tasks.engine.chat import Example
-from tasks.engine.norms import adds_one, is_norm
-from tasks.engine.rescale import changes
-from tasks.engine.trial import trial
-from tasks.outliers.seen import Activations
+from tasks.engine.compare.agreement import answer_logits
+from tasks.engine.compare.changed_model import trial
+from tasks.engine.data.chat_template import Example
+from tasks.engine.models.norms import adds_one, is_norm
+from tasks.engine.weights.rescale import changes
+from tasks.outliers.layer_statistics import Activations
 
 Outcome = dict[str, float]
 # Norms and the linear layers that read them: what AWQ scales together. Gemma 2 and 3, then pre-norm blocks.
@@ -65,7 +65,8 @@ def cast_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def rescale(model: PreTrainedModel, base: Path, k: float) -> PreTrainedModel:
-    """The residual stream times `k` in a model in memory; the same change as `tasks.engine.rescale.rescaled`."""
+    """The residual stream times `k` in a model in memory; the same change as
+    `tasks.engine.weights.rescale.rescaled`."""
     parameters = dict(model.named_parameters())
     for name, change in changes(parameters, base, k).items():
         parameters[name].copy_(change(parameters[name].float()))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.engine.weights import Weight
+from tasks.engine.weights.effective import Weight
 from tasks.outliers.formats import becomes, errors
 
 FLOAT16_MAX = 65504.0

@@ -78,7 +78,8 @@ def _fp16(tensors: list[Numbers], seen: Numbers | None, outcomes: dict[str, Numb
     k = rescale_needed(seen, margin)
     if k is not None and fixed(seen) <= FLOAT16_MAX:
         do.append(
-            f"or rescale the residual stream by k = 2^{int(math.log2(k))} = {k:g} (same function, tasks.engine.rescale)"
+            f"or rescale the residual stream by k = 2^{int(math.log2(k))} = {k:g} (same function, "
+            "tasks.engine.weights.rescale)"
         )
     said = _say("unsafe" if over else "risky", because, do, k=k, layers=[place for place, _ in worst])
     return _measured(said, outcomes.get("float16"))

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.core.training import TrainingConfig
+from tasks.core.training_config import TrainingConfig
 
 
 class FineTuneConfig(TrainingConfig):

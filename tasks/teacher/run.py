@@ -13,20 +13,20 @@ from transformers import PreTrainedModel
 from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
-from tasks.core.ladder import is_lossless, rungs, settings_at
+from tasks.core.memory_fallback import is_lossless, rungs, settings_at
 from tasks.core.refs import ModelDir
-from tasks.engine import processes
-from tasks.engine.attached import settings_of_adapter
-from tasks.engine.batches import Batch
-from tasks.engine.fused_fp8 import refused
-from tasks.engine.head import head_of, hidden_states
-from tasks.engine.load import load_tokenizer, pick_device, training_precision
+from tasks.engine.data.collator import Batch
+from tasks.engine.distributed import ranks
 from tasks.engine.losses import cross_entropy
 from tasks.engine.memory.fit import fitted
-from tasks.engine.outcome import fingerprint, finish, read_splits
-from tasks.engine.plan import Objective, Plan
-from tasks.engine.trainable import trainable_model
-from tasks.engine.trainer import train
+from tasks.engine.models.lm_head import head_of, hidden_states
+from tasks.engine.models.load import load_tokenizer, pick_device, training_precision
+from tasks.engine.models.load_adapter import settings_of_adapter
+from tasks.engine.models.trainable import trainable_model
+from tasks.engine.speed.fp8.matmul import refused
+from tasks.engine.training.loop import train
+from tasks.engine.training.results import fingerprint, finish, read_splits
+from tasks.engine.training.spec import Objective, Plan
 from tasks.teacher import FineTuneConfig
 
 OF_ADAPTER = {"rank", "alpha", "use_dora", "target_modules"}
@@ -35,7 +35,7 @@ LOSSY = (*sorted(OF_ADAPTER), "max_length")
 
 def fine_tune(config: FineTuneConfig, base: ModelDir, dataset: Path, out: Path, job: Job) -> Report:
     """Writes an adapter of `base` (lora, qlora) or a whole model (full) into `out`, and how the loss went."""
-    processes.join()
+    ranks.join()
     report = Report()
     asked, device = config, pick_device()
     config = config.model_copy(update={"precision": training_precision(config.precision, base.base, device)})
@@ -67,11 +67,11 @@ def fine_tune(config: FineTuneConfig, base: ModelDir, dataset: Path, out: Path, 
         fp8=config.fp8,
     )
     model, history = train(plan)
-    if processes.rank() == 0:
+    if ranks.rank() == 0:
         report = finish(plan, model, history, config.method, base, out, report, title="Fine-tuning the teacher")
         if memory:
             report.details["memory_plan"] = memory.told()
-    processes.leave()
+    ranks.leave()
     return report
 
 

@@ -26,12 +26,12 @@ from tasks.core.errors import BadConfig, Diverged, OutOfMemory
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
-from tasks.core.training import TrainingConfig
-from tasks.engine.batches import collate, to_device
-from tasks.engine.load import load_model, pick_device
-from tasks.engine.plan import Plan, loss_sums
-from tasks.engine.trainable import trainable_model
-from tasks.engine.trainer import train
+from tasks.core.training_config import TrainingConfig
+from tasks.engine.data.collator import collate, to_device
+from tasks.engine.models.load import load_model, pick_device
+from tasks.engine.models.trainable import trainable_model
+from tasks.engine.training.loop import train
+from tasks.engine.training.spec import Plan, loss_sums
 from tasks.teacher import FineTuneConfig
 from tests.benchmarks.memory import Case, base_of, config_of, trainer_of
 from tests.benchmarks.processes import objective_of, rows_of

@@ -33,14 +33,14 @@ from transformers import (
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.chat import IGNORE, Example
-from tasks.engine.load import pick_device
+from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.memory.__main__ import shape, table
+from tasks.engine.memory.model_sizes import shapes_of
 from tasks.engine.memory.predict import predict
-from tasks.engine.memory.shapes import shapes_of
 from tasks.engine.memory.workload import load_of
-from tasks.engine.plan import Plan
-from tasks.engine.trainable import trainable_model
+from tasks.engine.models.load import pick_device
+from tasks.engine.models.trainable import trainable_model
+from tasks.engine.training.spec import Plan
 from tasks.teacher.run import objective
 from tests.benchmarks.memory import GIB, Case, Unsaved, config_of
 

@@ -1,4 +1,4 @@
-"""What compiling the decoder's layers costs once and saves every micro-batch: the constants of tasks.engine.compiled.
+"""What compiling decoder layers costs once and saves each micro-batch (constants of tasks.engine.speed.compile).
 
     python -m tests.benchmarks.compiling table DIR [--only NAME ...] [--pico]
     python -m tests.benchmarks.compiling run DIR NAME on|off [--pico]
@@ -34,8 +34,8 @@ CASES = {
 def run(directory: Path, name: str, compiled: str, pico: bool) -> None:
     """One case one way; writes its step times."""
     from tasks.core.job import Job
-    from tasks.engine.plan import Plan
-    from tasks.engine.trainable import trainable_model
+    from tasks.engine.models.trainable import trainable_model
+    from tasks.engine.training.spec import Plan
     from tasks.teacher.run import objective
     from tests.benchmarks.memory import Case, Unsaved, base_of, config_of, pick_device
     from tests.benchmarks.processes import rows_of

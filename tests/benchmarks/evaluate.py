@@ -24,8 +24,8 @@ from tasks.core.refs import ModelDir
 from tasks.core.settings import Settings
 from tasks.core.store import open_store
 from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.asked import Asked
-from tasks.evaluate.decode import decode
+from tasks.evaluate.generation import Asked
+from tasks.evaluate.greedy_decoding import decode
 
 HOME = Settings().root
 BASES = Path("deployments/quickstart")

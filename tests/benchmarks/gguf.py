@@ -110,7 +110,7 @@ def one(kind: str, whose: str, start: Path, target: Path) -> None:
 def run(directory: Path, shapes: list[str]) -> None:
     """Every run in a process of its own, after a first reading of the files."""
     from tasks.core.job import Job
-    from tasks.gguf.hf import stage
+    from tasks.gguf.hf_directory import stage
 
     print("| shape | to | from | llama.cpp: s | CPU s | GiB | ours: s | CPU s | GiB | same bytes |")
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -23,16 +23,16 @@ from transformers import Gemma3ForCausalLM
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.training import TrainingConfig
-from tasks.engine.chat import IGNORE, Example
-from tasks.engine.load import pick_device
+from tasks.core.training_config import TrainingConfig
+from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.memory.__main__ import ALL, shape, table
+from tasks.engine.memory.model_sizes import shapes_of
 from tasks.engine.memory.predict import CONTEXT_GIB, predict
-from tasks.engine.memory.shapes import shapes_of
 from tasks.engine.memory.workload import load_of
-from tasks.engine.plan import Plan
-from tasks.engine.trainable import trainable_model
-from tasks.engine.trainer import GuardedTrainer
+from tasks.engine.models.load import pick_device
+from tasks.engine.models.trainable import trainable_model
+from tasks.engine.training.loop import GuardedTrainer
+from tasks.engine.training.spec import Plan
 from tasks.teacher.run import objective
 
 GIB = 2**30

@@ -64,16 +64,16 @@ def main() -> None:
         return
     import torch
 
-    from tasks.engine import processes
-    from tasks.engine.plan import Plan
-    from tasks.engine.trainable import trainable_model
+    from tasks.engine.distributed import ranks
+    from tasks.engine.models.trainable import trainable_model
+    from tasks.engine.training.spec import Plan
     from tasks.teacher.run import objective
     from tests.benchmarks.memory import Case, Unsaved, base_of, config_of
 
     if arguments.act == "checkpoint":
         base_of(arguments.shape, arguments.directory, arguments.pico)
         return
-    processes.join()
+    ranks.join()
     case = Case(arguments.shape, arguments.method, arguments.rows, arguments.length, arguments.recompute)
     more = {
         "micro_batch_size": arguments.micro,
@@ -93,10 +93,10 @@ def main() -> None:
         start = time.time()
         trainer = Unsaved(plan, 1.0)
         trainer.train()
-    if processes.rank() == 0:
+    if ranks.rank() == 0:
         told: dict[str, Any] = {
-            "processes": processes.count(),
-            "strategy": arguments.strategy if processes.count() > 1 else "-",
+            "processes": ranks.count(),
+            "strategy": arguments.strategy if ranks.count() > 1 else "-",
             "method": arguments.method,
             "shape": arguments.shape,
             "rows": arguments.rows,
@@ -110,15 +110,15 @@ def main() -> None:
             (arguments.directory / f"{arguments.name}.json").write_text(json.dumps(told))
             end_turn(arguments.directory, arguments.name)
     sys.stdout.flush()
-    processes.leave()
+    ranks.leave()
 
 
 def warm(directory: Path, name: str, step: int) -> None:
     """Before the first timed step: until it is this run's turn, in all of its processes."""
-    from tasks.engine import processes
+    from tasks.engine.distributed import ranks
 
     if step == WARM_UP:
-        processes.wait()
+        ranks.wait()
         wait_for_turn(directory, name)
 
 
@@ -152,7 +152,7 @@ def rows_of(count: int, length: int, vocabulary: int) -> list[Any]:
     """Rows in which some tokens follow others, so that there is something to learn."""
     import torch
 
-    from tasks.engine.chat import IGNORE, Example
+    from tasks.engine.data.chat_template import IGNORE, Example
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, min(vocabulary, 500), (count, length), generator=generator)

@@ -19,7 +19,7 @@ from tasks.core.refs import ModelDir
 from tasks.core.rows import write_rows
 from tasks.distill import DistillConfig
 from tasks.distill.vocabulary_trim import trim
-from tasks.engine.load import load_tokenizer
+from tasks.engine.models.load import load_tokenizer
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tests.benchmarks.gguf import PIECES, shaped_model

@@ -9,7 +9,7 @@ from tasks.core.shell import _alone
 
 
 def test_a_run_waits_for_who_makes_the_same_and_for_nobody_else(tmp_path: Path) -> None:
-    ours, order = tmp_path / "distill.states-0123", list[str]()
+    ours, order = tmp_path / "distill.teacher_cache-0123", list[str]()
     inside = threading.Event()
 
     def second() -> None:
@@ -22,7 +22,7 @@ def test_a_run_waits_for_who_makes_the_same_and_for_nobody_else(tmp_path: Path) 
     with _alone(ours):
         waiting.start()
         inside.wait(10)
-        with _alone(tmp_path / "distill.states-4567"):  # another output of the same stage
+        with _alone(tmp_path / "distill.teacher_cache-4567"):  # another output of the same stage
             order.append("other")
         waiting.join(0.3)
         order.append("first")

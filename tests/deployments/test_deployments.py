@@ -84,8 +84,18 @@ def test_a_run_made_over_rest_completes_on_s3(
     assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-5000:]
     listed = boto3.client("s3").list_objects_v2(Bucket=s3.name, Prefix="team/stillhouse/index/")
     stages = {item["Key"].split("/")[3] for item in listed["Contents"]}
-    expected = {"ingest", "teacher", "distill.states", "distill", "outliers", "merge", "gguf", "evaluate", "gate"}
-    assert stages - {"distill.states.last"} == expected
+    expected = {
+        "ingest",
+        "teacher",
+        "distill.teacher_cache",
+        "distill",
+        "outliers",
+        "merge",
+        "gguf",
+        "evaluate",
+        "gate",
+    }
+    assert stages - {"distill.teacher_cache.last"} == expected
     assert not (tmp_path / "home" / "store").exists()
 
 

@@ -8,8 +8,8 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
 from tasks.distill.run import distil
-from tasks.distill.states import StatesConfig
-from tasks.distill.states.run import remember
+from tasks.distill.teacher_cache import StatesConfig
+from tasks.distill.teacher_cache.run import remember
 
 SETTINGS = dict(rank=4, learning_rate=5e-3, batch_size=8, micro_batch_size=8, max_steps=12)
 

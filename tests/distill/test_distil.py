@@ -16,7 +16,7 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
 from tasks.distill.run import distil
-from tasks.engine.load import load_model
+from tasks.engine.models.load import load_model
 from tests.distill.runs import SETTINGS, events, run, steps
 from tests.pico import pico_model
 

@@ -14,8 +14,8 @@ from tasks.core.rows import write_rows
 from tasks.distill import DistillConfig
 from tasks.distill.grid import Grid, block_kinds
 from tasks.distill.run import distil
-from tasks.engine.ggml_blocks import on_grid
-from tasks.engine.load import load_model
+from tasks.engine.models.load import load_model
+from tasks.engine.runtimes.ggml_blocks import on_grid
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tasks.merge import MergeConfig

@@ -20,10 +20,10 @@ from tasks.distill.run import distil
 from tasks.distill.vocabulary import Pieces, choose
 from tasks.distill.vocabulary_files import trimmed_model
 from tasks.distill.vocabulary_trim import PROBE, Trimmed, trim
-from tasks.engine.chat import Example
-from tasks.engine.llama import LlamaInput, llama_logits
-from tasks.engine.load import load_model, load_tokenizer
+from tasks.engine.data.chat_template import Example
 from tasks.engine.losses import Head
+from tasks.engine.models.load import load_model, load_tokenizer
+from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tasks.merge import MergeConfig

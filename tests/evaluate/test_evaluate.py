@@ -19,15 +19,15 @@ from tasks.core.errors import BadData, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
-from tasks.engine.chat import end_ids, prompt_ids
-from tasks.engine.load import load_tokenizer, read_config
+from tasks.engine.data.chat_template import end_ids, prompt_ids
+from tasks.engine.models.load import load_tokenizer, read_config
 from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.asked import Asked, cut
-from tasks.evaluate.hf import hf_engine
-from tasks.evaluate.llama import llama_engine
+from tasks.evaluate.generation import Asked, cut
+from tasks.evaluate.hf_generation import hf_engine
+from tasks.evaluate.llama_generation import llama_engine
 from tasks.evaluate.run import _whole_json, evaluate
 from tasks.gguf.convert import converting
-from tasks.gguf.mixture import Wanted
+from tasks.gguf.tensor_types import Wanted
 from tests.pico import pico_model
 
 ROWS = 40

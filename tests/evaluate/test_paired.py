@@ -8,8 +8,16 @@ import pytest
 from scipy.stats import binomtest
 
 from tasks.core.errors import BadData
-from tasks.core.paired import Prediction, compare, disagreements, read_predictions, same_rows, slices, transfer
-from tasks.evaluate.judge import judge
+from tasks.core.paired_comparison import (
+    Prediction,
+    compare,
+    disagreements,
+    read_predictions,
+    same_rows,
+    slices,
+    transfer,
+)
+from tasks.evaluate.answer_scores import judge
 
 
 def prediction(row: int, right: bool, intent: str = "close", question: str | None = None) -> Prediction:

@@ -8,10 +8,10 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
 from tasks.core.errors import BadConfig
-from tasks.evaluate.judge import INVALID, Judged, entity_pairs, json_object, judge, rouge_l, same, token_f1
-from tasks.evaluate.own_metric import load_metric
+from tasks.evaluate.answer_scores import INVALID, Judged, entity_pairs, json_object, judge, rouge_l, same, token_f1
 from tasks.evaluate.schema import checker, infer_schema
 from tasks.evaluate.scores import score
+from tasks.evaluate.user_metric import load_metric
 
 
 def answer(intent: object, **entities: object) -> str:

@@ -20,7 +20,7 @@ from flows.report.terminal import RATES, cells
 from flows.stages import report_directory
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.evaluate.judge import judge
+from tasks.evaluate.answer_scores import judge
 from tasks.evaluate.scores import score
 from tasks.gate import GateConfig
 from tasks.gate.run import gate

@@ -11,7 +11,7 @@ from tasks.core.command import Report
 from tasks.core.errors import BadConfig, BadData, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir, ReportRef
-from tasks.evaluate.judge import judge
+from tasks.evaluate.answer_scores import judge
 from tasks.evaluate.scores import score
 from tasks.gate import GateConfig
 from tasks.gate.run import gate

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tasks.core.rows import write_rows
-from tasks.engine.ggml_types import FLOATS
+from tasks.engine.runtimes.ggml_types import FLOATS
 from tasks.gguf import GgufConfig
-from tasks.gguf.hf import stage, stored_type
+from tasks.gguf.hf_directory import stage, stored_type
 from tasks.gguf.kinds import KINDS, NEED_IMATRIX
 from tests.gguf.architectures import ARCHITECTURES
 from tests.merge.test_merge import pico_rows

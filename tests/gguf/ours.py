@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tasks.gguf.conversion_plan import make_plan
 from tasks.gguf.convert import order_of, skeleton_of
 from tasks.gguf.convert_child import described, write
-from tasks.gguf.plan import make_plan
 
 
 def main(orders: list[dict[str, Any]]) -> None:

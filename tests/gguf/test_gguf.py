@@ -15,10 +15,10 @@ import pytest
 from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.llama import LlamaInput, llama_logits, silenced
+from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits, silenced
 from tasks.gguf import GgufConfig
-from tasks.gguf.choice import candidates
 from tasks.gguf.convert import converting
+from tasks.gguf.kind_choice import candidates
 from tasks.gguf.metadata import read_origin
 from tasks.gguf.proof import Proof
 from tasks.gguf.run import _check_written, convert
@@ -81,7 +81,7 @@ def test_a_float32_model_on_the_grid_is_kept_bit_for_bit(dataset: Path, tmp_path
     """Weights that Q4_0 (and, in the embedding, Q8_0) has exactly are the same after conversion, to the last bit."""
     from safetensors.torch import load_file, save_file
 
-    from tasks.engine.ggml_blocks import dequantize, quantize
+    from tasks.engine.runtimes.ggml_blocks import dequantize, quantize
 
     model = gemma3_float32(tmp_path / "model")
     tensors = load_file(model / "model.safetensors")

@@ -9,16 +9,16 @@ import pytest
 
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
-from tasks.engine.ggml import to_type
-from tasks.engine.ggml_types import TYPES
-from tasks.engine.llama import LlamaInput, llama_logits
+from tasks.engine.runtimes.ggml import to_type
+from tasks.engine.runtimes.ggml_types import TYPES
+from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
 from tasks.gguf import GgufConfig
-from tasks.gguf.choice import candidates
+from tasks.gguf.audit_verdict import verdict_warnings
 from tasks.gguf.convert import Conversion, converting
 from tasks.gguf.header import read_header
 from tasks.gguf.imatrix import read_imatrix
+from tasks.gguf.kind_choice import candidates
 from tasks.gguf.kinds import IGNORE_IMATRIX, NEED_IMATRIX
-from tasks.gguf.verdict import verdict_warnings
 from tests.gguf.architectures import gemma3_wide
 
 HEAVY = 8

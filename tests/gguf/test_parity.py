@@ -10,7 +10,7 @@ import gguf
 import pytest
 
 from tasks.core.job import Job
-from tasks.engine.ggml_types import TYPES, TensorType
+from tasks.engine.runtimes.ggml_types import TYPES, TensorType
 from tasks.gguf.convert import converting
 from tasks.gguf.kinds import KINDS, FileType
 from tests.gguf.architectures import ARCHITECTURES

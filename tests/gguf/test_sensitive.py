@@ -9,10 +9,10 @@ import pytest
 
 from tasks.core.job import Job
 from tasks.gguf import GgufConfig
-from tasks.gguf.choice import candidates
+from tasks.gguf.audit_verdict import verdict_errors
 from tasks.gguf.convert import converting
+from tasks.gguf.kind_choice import candidates
 from tasks.gguf.sensitive import markdown, raises
-from tasks.gguf.verdict import verdict_errors
 
 WORST = {"q8_0": 0.02, "q4_0": 0.4, "q4_k": 0.2, "q6_k": 0.02, "nf4": 0.5, "int8": 0.03}
 MILD = {name: error / 100 for name, error in WORST.items()}
@@ -72,7 +72,7 @@ def test_the_plan_follows_the_verdict(audit: Path, bf16: Path, tmp_path: Path) -
 
 
 def test_the_plans_command_says_it_before_anything_runs(audit: Path, bf16: Path) -> None:
-    command = [sys.executable, "-m", "tasks.gguf.plan", str(bf16 / "model.gguf"), "--kinds", "Q4_0", "BF16"]
+    command = [sys.executable, "-m", "tasks.gguf.conversion_plan", str(bf16 / "model.gguf"), "--kinds", "Q4_0", "BF16"]
     ran = subprocess.run([*command, "--outliers", str(audit), "--budget-mb", "0.3"], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "Q4_0, raised by the verdict: blk.3.ffn_down.weight Q4_0 to Q8_0, blk.1.attn_q.weight" in ran.stdout

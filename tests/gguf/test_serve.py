@@ -12,14 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks.core.job import Job
 from tasks.core.rows import Row
-from tasks.engine.chat import encode, prompt_ids
-from tasks.engine.llama_server import Server, llama_server
-from tasks.engine.load import GEMMA_TEMPLATE
+from tasks.engine.data.chat_template import encode, prompt_ids
+from tasks.engine.models.load import GEMMA_TEMPLATE
+from tasks.engine.runtimes.llama_server import Server, llama_server
 from tasks.gguf import GgufConfig
 from tasks.gguf.convert import converting
 from tasks.gguf.ollama import turns
-from tasks.gguf.serve import modelfile
-from tests.engine.test_chat import ROW, TALK, template
+from tasks.gguf.serving_files import modelfile
+from tests.engine.data.test_chat_template import ROW, TALK, template
 from tests.pico import CHAT_TEMPLATE
 
 CHATML = (

@@ -17,8 +17,8 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Row, read_rows
 from tasks.ingest import IngestConfig
-from tasks.ingest.block import PIECE_BYTES
 from tasks.ingest.run import ingest
+from tasks.ingest.worker import PIECE_BYTES
 from tests.pico import pico_tokenizer
 
 INTENTS = ("close_audit", "report_issue", "out_of_scope")

@@ -9,8 +9,8 @@ import pytest
 from tasks.core.errors import BadData
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
-from tasks.engine.chat import count_tokens, encode
-from tasks.engine.load import load_tokenizer
+from tasks.engine.data.chat_template import count_tokens, encode
+from tasks.engine.models.load import load_tokenizer
 from tasks.ingest.lengths import tokens_per_byte
 from tasks.ingest.tokens import summarise
 from tests.ingest.conftest import Ran, text_rows

@@ -12,7 +12,7 @@ import pytest
 from tasks.core.errors import BadData
 from tasks.ingest import stage
 from tasks.ingest.canonical import canonical, canonical_pair
-from tasks.ingest.shapes import to_turns
+from tasks.ingest.row_shapes import to_turns
 from tests.ingest.conftest import Ran, intent_row, text_rows
 
 Go = Callable[..., Ran]

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from tasks.core.errors import BadData
-from tasks.ingest.near import near_groups, question_text
+from tasks.ingest.near_duplicates import near_groups, question_text
 from tests.ingest.conftest import Ran, intent_row, text_rows
 
 Go = Callable[..., Ran]

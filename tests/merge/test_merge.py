@@ -15,15 +15,15 @@ from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
-from tasks.engine.agreement import Agreement, held_out
-from tasks.engine.stored import stored_tensors
-from tasks.engine.text_half import load_text
-from tasks.engine.weights import stream
+from tasks.engine.compare.agreement import Agreement, held_out
+from tasks.engine.models.text_only import load_text
+from tasks.engine.weights.effective import stream
+from tasks.engine.weights.safetensors_reader import stored_tensors
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tasks.merge import MergeConfig
 from tasks.merge.run import check_inventory, merge
-from tests.engine.test_weights import adapter_of, peft_merge
+from tests.engine.weights.test_effective import adapter_of, peft_merge
 from tests.gguf.architectures import gemma3n
 from tests.pico import pico_model
 

@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.ggml import round_trip, to_type
-from tasks.engine.norms import ADD_ONE, adds_one, is_norm, layer, role
-from tasks.engine.stored import stored_tensors
-from tasks.engine.weights import Weight
+from tasks.engine.models.norms import ADD_ONE, adds_one, is_norm, layer, role
+from tasks.engine.runtimes.ggml import round_trip, to_type
+from tasks.engine.weights.effective import Weight
+from tasks.engine.weights.safetensors_reader import stored_tensors
 from tasks.outliers import OutlierConfig
 from tasks.outliers.formats import NF4, becomes, errors
-from tasks.outliers.inherited import bases
+from tasks.outliers.inheritance import bases
 from tasks.outliers.run import find_outliers
 from tasks.outliers.stats import describe, gain, rounding, sample
-from tests.engine.test_weights import adapter_of
+from tests.engine.weights.test_effective import adapter_of
 from tests.pico import pico_model
 
 PLANTED = "model.layers.1.post_feedforward_layernorm.weight"

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import write_rows
-from tasks.engine.chat import encode
-from tasks.engine.load import load_model, load_tokenizer
-from tasks.engine.rescale import rescaled, write_model
-from tasks.engine.weights import weights
+from tasks.engine.data.chat_template import encode
+from tasks.engine.models.load import load_model, load_tokenizer
+from tasks.engine.weights.effective import weights
+from tasks.engine.weights.rescale import rescaled, write_model
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tasks.outliers import OutlierConfig

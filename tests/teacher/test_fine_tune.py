@@ -16,7 +16,7 @@ from tasks.core.errors import BadConfig, BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
-from tasks.engine.load import load_model
+from tasks.engine.models.load import load_model
 from tasks.teacher import FineTuneConfig
 from tasks.teacher.run import fine_tune
 from tests.engine.rows import example_dataset, example_rows

@@ -4,6 +4,6 @@ Shapes: N labelled positions, H student width, G teacher width, V student vocabu
 """
 
 from tasks.engine.losses.chunked import cross_entropy, distillation
-from tasks.engine.losses.mix import Divergence, Head, Losses, Mix, TopK
+from tasks.engine.losses.loss_mix import Divergence, Head, Losses, Mix, TopK
 
 __all__ = ["Divergence", "Head", "Losses", "Mix", "TopK", "cross_entropy", "distillation"]

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tasks.engine.losses.chunk import IGNORE, Spec, chunk_of
-from tasks.engine.losses.mix import Head, Losses, Mix, TopK
-from tasks.engine.products import Fresh, add_product
+from tasks.engine.losses.gradient_accumulation import Fresh, add_product
+from tasks.engine.losses.logits_chunk import IGNORE, Spec, chunk_of
+from tasks.engine.losses.loss_mix import Head, Losses, Mix, TopK
 
 
 def cross_entropy(

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from tasks.engine.losses.mix import Head, Mix, TopK
+from tasks.engine.losses.loss_mix import Head, Mix, TopK
 
 
 def chunk_losses(

@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 from transformers import Gemma3nConfig, Gemma3TextConfig, PretrainedConfig
 
 from tasks.core.refs import ModelDir
-from tasks.core.training import TrainingConfig
-from tasks.engine.load import read_config
+from tasks.core.training_config import TrainingConfig
+from tasks.engine.memory.model_sizes import count
 from tasks.engine.memory.predict import predict
-from tasks.engine.memory.shapes import count
 from tasks.engine.memory.workload import load_of
-from tasks.engine.trainable import Method
+from tasks.engine.models.load import read_config
+from tasks.engine.models.trainable import Method
 
 Size = Literal["270M", "1B", "4B", "12B", "E2B", "E4B"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -1,15 +1,15 @@
 """What a step keeps of its forward for its backward, and what a layer's work needs for a moment.
 
 Sizes a token follow from the code path: the layers as transformers and autograd have them (`--kept` of
-tests/benchmarks/memory.py prints what those keep), or as tasks.engine.stack writes them.
+tests/benchmarks/memory.py prints what those keep), or as tasks.engine.speed.gemma3 writes them.
 """
 
-from tasks.engine.memory.shapes import Shapes
+from tasks.engine.memory.model_sizes import Shapes
 from tasks.engine.memory.workload import Load
 
 DORA = {"qlora": 7.0, "lora": 3.0}  # bytes an element of an adapted matrix's output, fitted to one run each
 AWAY_LAYERS = 4  # whose activations are on their way to the host or back, or stay
-CHUNK = 4096  # tokens that the MLP as one operation works on at a time (tasks.engine.fused_mlp_dense)
+CHUNK = 4096  # tokens that the MLP as one operation works on at a time (tasks.engine.speed.fused_lora.mlp_dense)
 
 
 def activations(shapes: Shapes, load: Load, half: int) -> tuple[float, float]:

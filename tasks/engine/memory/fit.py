@@ -13,20 +13,20 @@ import torch
 
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
-from tasks.core.ladder import micro_batch
+from tasks.core.memory_fallback import micro_batch
 from tasks.core.refs import ModelDir
-from tasks.core.training import TrainingConfig
-from tasks.engine import processes
-from tasks.engine.batches import row_order
-from tasks.engine.chat import Example
-from tasks.engine.load import pick_device, pick_dtype
-from tasks.engine.memory.beside import ALONE, Beside
-from tasks.engine.memory.choice import Choice, MemoryPlan
+from tasks.core.training_config import TrainingConfig
+from tasks.engine.data.chat_template import Example
+from tasks.engine.data.collator import row_order
+from tasks.engine.data.sequence_packing import plan_packing
+from tasks.engine.distributed import ranks
+from tasks.engine.memory.model_sizes import Shapes, shapes_of
+from tasks.engine.memory.plan_report import Choice, MemoryPlan
 from tasks.engine.memory.predict import GIB, Parts, predict
-from tasks.engine.memory.shapes import Shapes, shapes_of
+from tasks.engine.memory.teacher_memory import ALONE, Beside
 from tasks.engine.memory.workload import Load, load_of
-from tasks.engine.packing import plan_packing
-from tasks.engine.trainable import Method
+from tasks.engine.models.load import pick_device, pick_dtype
+from tasks.engine.models.trainable import Method
 
 C = TypeVar("C", bound=TrainingConfig)
 BUSY = 4096  # tokens of a micro-batch from which a card is about fully used
@@ -48,12 +48,12 @@ def fitted(
 ) -> tuple[C, MemoryPlan | None]:
     """The settings that fit the device's memory, told and written; the config's own without a plan."""
     gib = card_gib() if config.memory_gib == "auto" else None if config.memory_gib == "off" else config.memory_gib
-    gib = processes.agree(gib)  # the cards may differ by a few MiB, the settings may not
+    gib = ranks.agree(gib)  # the cards may differ by a few MiB, the settings may not
     if gib is None:
         return config, None
     lengths = [len(row.input_ids) for row in rows]
     labels = sum(len(row.answer_ids) for row in rows) / sum(lengths)
-    config, plan = fit(config, method, base, lengths, labels, gib, processes.count(), beside)
+    config, plan = fit(config, method, base, lengths, labels, gib, ranks.count(), beside)
     job.log(f"memory plan: {plan.chosen.say()}, of {gib:.1f}")
     plan.write(out)
     return config, plan

@@ -5,14 +5,14 @@
 
 A peak is weights + optimizer state + the larger of two moments: the end of the forward, when every layer's activations
 wait for the backward, and the end of the backward, when every gradient is there. Sizes are counted on torch's meta
-device (tasks.engine.memory.shapes); what a layer keeps a token is in tasks.engine.memory.activations.
+device (tasks.engine.memory.model_sizes); what a layer keeps a token is in tasks.engine.memory.activations.
 `tests/benchmarks/memory.py` holds it against a GPU.
 """
 
 from typing import NamedTuple
 
 from tasks.engine.memory.activations import activations
-from tasks.engine.memory.shapes import Shapes
+from tasks.engine.memory.model_sizes import Shapes
 from tasks.engine.memory.workload import Load
 
 GIB = 2**30

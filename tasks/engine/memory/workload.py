@@ -2,14 +2,15 @@
 
 from typing import NamedTuple
 
-from tasks.core.training import TrainingConfig
-from tasks.engine.trainable import Method
+from tasks.core.training_config import TrainingConfig
+from tasks.engine.models.trainable import Method
 
 
 class Load(NamedTuple):
     """`tokens` are a micro-batch's, `labels` those of them with a label; `gated` stands
-    for the adapted MLP as one operation (tasks.engine.fused_mlp), `away` for activations kept by the host
-    (tasks.engine.offload). `beside` are bytes of what lies beside the trained model, `per_label` bytes that each label
+    for the adapted MLP as one operation (tasks.engine.speed.fused_lora.mlp), `away` for activations kept by the host
+    (tasks.engine.speed.offload). `beside` are bytes of what lies beside the trained model, `per_label` bytes that
+    each label
     brings along."""
 
     method: Method

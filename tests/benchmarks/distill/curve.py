@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tasks.engine.chat import Example
-from tasks.engine.plan import validation_losses
+from tasks.engine.data.chat_template import Example
+from tasks.engine.training.spec import validation_losses
 from tests.benchmarks.distill.ours import ours, states_of
 from tests.benchmarks.distill.peers import peer_steps
 from tests.benchmarks.distill.shapes import DEVICE, examples, fresh, model, sync

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tasks.engine.batches import Batch, to_device
-from tasks.engine.chat import Example
-from tasks.engine.feed import Feed
-from tasks.engine.graphs import Graphs, most_labels
-from tasks.engine.head import head_of, hidden_states
+from tasks.engine.data.chat_template import Example
+from tasks.engine.data.collator import Batch, to_device
+from tasks.engine.data.micro_batches import Feed
 from tasks.engine.losses import cross_entropy
-from tasks.engine.packable import make_packable
+from tasks.engine.models.lm_head import head_of, hidden_states
+from tasks.engine.speed.cuda_graphs import Graphs, most_labels
+from tasks.engine.speed.packing_support import make_packable
 from tests.benchmarks.distill.shapes import DEVICE
 
 CASES = {  # hidden, ffn, layers, heads, of keys and values, head dimension, window, rows' tokens

@@ -12,15 +12,15 @@ import torch
 
 from tasks.core.job import Job
 from tasks.distill import DistillConfig
-from tasks.distill.lessons import Lessons
 from tasks.distill.run import WINDOW, objective
-from tasks.distill.states.remember import Ask, remember_rows
-from tasks.distill.states.store import Kept, States
+from tasks.distill.teacher_cache.hidden_states import Kept, States
+from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows
+from tasks.distill.teacher_targets import Lessons
 from tasks.distill.teachers import Remembered
-from tasks.engine.chat import Example
+from tasks.engine.data.chat_template import Example
 from tasks.engine.losses import Mix
-from tasks.engine.plan import Plan
-from tasks.engine.trainer import train
+from tasks.engine.training.loop import train
+from tasks.engine.training.spec import Plan
 from tests.benchmarks.distill.shapes import CE, DEVICE, KD, SHAPES, T, fresh, model, peak_gib, sync
 
 
@@ -76,7 +76,7 @@ def ours(
 @contextlib.contextmanager
 def no_checkpoints() -> Any:
     """The last step's checkpoint is left out: 4 GB of random weights."""
-    from tasks.engine import checkpoint
+    from tasks.engine.training import checkpoint
 
     written, checkpoint.write = checkpoint.write, lambda *_, **__: Path()
     yield
@@ -86,8 +86,8 @@ def no_checkpoints() -> Any:
 @contextlib.contextmanager
 def no_stack() -> Any:
     """The model's own layers."""
-    from tasks.engine import graphs
+    from tasks.engine.speed import cuda_graphs
 
-    stack, graphs.Stack = graphs.Stack, type("Stack", (), {"of": staticmethod(lambda *_: None)})  # type: ignore[misc]
+    stack, cuda_graphs.Stack = cuda_graphs.Stack, type("Stack", (), {"of": staticmethod(lambda *_: None)})  # type: ignore[misc]
     yield
-    graphs.Stack = stack  # type: ignore[misc]
+    cuda_graphs.Stack = stack  # type: ignore[misc]

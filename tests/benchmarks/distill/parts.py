@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.engine.chat import Example
+from tasks.engine.data.chat_template import Example
 from tasks.engine.losses import Head, Mix, distillation
 from tests.benchmarks.distill.ours import ours, states_of
 from tests.benchmarks.distill.shapes import CE, DEVICE, KD, SHAPES, SIZES, T, fresh, peak_gib, say, sync

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.engine.chat import Example
+from tasks.engine.data.chat_template import Example
 from tests.benchmarks.distill.ours import ours, states_of
 from tests.benchmarks.distill.shapes import CE, DEVICE, KD, T, examples, fresh, model, peak_gib, say, sync
 

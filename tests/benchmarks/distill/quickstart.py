@@ -9,10 +9,10 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
 from tasks.distill import DistillConfig
-from tasks.distill.states.remember import Ask, remember_rows
-from tasks.distill.states.store import Kept
-from tasks.engine.chat import encode
-from tasks.engine.load import load_model, load_tokenizer
+from tasks.distill.teacher_cache.hidden_states import Kept
+from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows
+from tasks.engine.data.chat_template import encode
+from tasks.engine.models.load import load_model, load_tokenizer
 from tests.benchmarks.distill.ours import ours
 from tests.benchmarks.distill.peers import peer_steps
 

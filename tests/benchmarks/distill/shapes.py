@@ -5,8 +5,8 @@ import gc
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tasks.engine.chat import Example
-from tasks.engine.load import pick_device
+from tasks.engine.data.chat_template import Example
+from tasks.engine.models.load import pick_device
 
 T, KD, CE = 2.0, 0.7, 0.3
 DEVICE = pick_device()

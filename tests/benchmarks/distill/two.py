@@ -20,22 +20,22 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=1280)
     parser.add_argument("--pico", action="store_true")
     arguments = parser.parse_args()
-    from tasks.engine import processes  # chooses this process's GPU before torch looks
+    from tasks.engine.distributed import ranks  # chooses this process's GPU before torch looks
     from tests.benchmarks.distill.ours import ours, states_of
     from tests.benchmarks.distill.shapes import PICO, SHAPES, SIZES, examples, say
 
     if arguments.pico:
         SHAPES.update(PICO)
         SIZES["vocabulary"] = 1024
-    processes.join()
-    count = processes.count()
+    ranks.join()
+    count = ranks.count()
     rows = examples(2 * arguments.rows, False)
     with tempfile.TemporaryDirectory() as work:
         states, _ = states_of(rows, Path(work))
         run = ours(
             states, rows, arguments.steps, arguments.rows * count, arguments.micro, loss_chunk_mib=arguments.chunk
         )
-    if processes.rank() == 0:
+    if ranks.rank() == 0:
         losses = run["history"].steps["loss"]
         note = f"median {run['median']:.2f} ms, losses {losses[0]:.4f} ... {losses[-1]:.4f}"
         say(
@@ -46,7 +46,7 @@ def main() -> None:
             run["peak"],
             note,
         )
-    processes.leave()
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Agreement of two models' logits on the same rows."""

@@ -1,0 +1,1 @@
+"""Rows to tensors: chat templates and labels, collation, sequence packing, prefetch, tokenizers."""

@@ -1,0 +1,1 @@
+"""Several processes that train one model: ranks, FSDP2, gradient reduction."""

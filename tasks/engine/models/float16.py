@@ -1,0 +1,80 @@
+"""float16 for cards without bfloat16 (T4, V100): matrices in float16, residual stream and its norms in float32.
+
+Gemma 3's residual passes 65504, float16's largest number, while what its matrices multiply stays small (transformers
+PR#37226, onnxruntime PR#29611: matmuls of gemma-3-270m-it peak near 324). So embedding, norms, and the sums between
+layers are kept in float32, and only what enters a matrix is rounded. Gradients are kept out of float16's small end by
+scaling the loss (tasks.engine.training.loss_scaling).
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tasks.core.errors import BadConfig
+
+# Gemma 3n multiplies its residual streams with one another (AltUp), which no rounding of matrices' inputs keeps small.
+REFUSED = ("gemma3n",)
+
+
+def is_refused(model_type: str) -> bool:
+    """Whether an architecture cannot be trained in float16."""
+    return model_type.startswith(REFUSED)
+
+
+def reading_norms_in_float32(loads: Any) -> Any:
+    """A model class that reads its norms in float32 where all else is read in float16: Gemma stores gain - 1, and a
+    gain near 0 is lost near -1."""
+    kept = [*(loads._keep_in_fp32_modules or []), "norm"]
+    return type(loads.__name__, (loads,), {"_keep_in_fp32_modules": kept, "__module__": loads.__module__})
+
+
+def module_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the model's embedding, and so its matrices, are kept in."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
+
+
+def keep_range(model: PreTrainedModel) -> None:
+    """Makes a model whose matrices are float16, or whose matrices autocast rounds to it, keep its range.
+
+    Raises BadConfig for architectures whose residual stream enters matrices.
+    """
+    config = model.config.get_text_config()
+    if is_refused(config.model_type):
+        raise BadConfig(
+            f"{config.model_type} does not keep its residual stream out of float16: set precision=float32, or use a "
+            "card with bfloat16 (Ampere or newer)"
+        )
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Embedding) and module is model.get_input_embeddings():
+            module.register_forward_hook(_embed_exactly)
+        elif name.endswith(("q_norm", "k_norm")):  # of a head's queries and keys, which are small
+            module.to(module_dtype(model))
+        elif kind.endswith(("RMSNorm", "LayerNorm")) and module.weight.shape == (config.hidden_size,):
+            module.to(torch.float32)
+            module.register_forward_pre_hook(_to_float32)
+        elif kind.endswith("RotaryEmbedding"):
+            module.register_forward_hook(_rotate_in_float16)
+        elif isinstance(module, nn.Linear) and module.weight.dtype == torch.float16 and "lora_" not in name:
+            module.register_forward_pre_hook(_to_float16)
+
+
+def _to_float32(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return (args[0].float(), *args[1:])
+
+
+def _to_float16(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return (args[0].to(torch.float16), *args[1:])
+
+
+def _embed_exactly(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Rows of the embedding in float32 times Gemma's factor, which would overflow in float16."""
+    return F.embedding(args[0], module.weight, module.padding_idx).float() * getattr(module, "scalar_embed_scale", 1.0)
+
+
+def _rotate_in_float16(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Sine and cosine in the queries' dtype; they would follow the residual stream's."""
+    return tuple(part.to(torch.float16) for part in output)

@@ -1,0 +1,64 @@
+"""A causal model taken apart: its body, which makes hidden states, and its head, which makes logits of few of them."""
+
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tasks.core.errors import BadConfig
+from tasks.engine.data.chat_template import Example
+from tasks.engine.data.collator import Batch, collate, to_device
+from tasks.engine.losses import Head
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below a PEFT wrapper; adapters stay in its layers."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of the text model, in order."""
+    body = cast(Any, unwrap(model).base_model)
+    return list(getattr(body, "language_model", body).layers)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output projection and its softcap. Raises BadConfig for a head that carries an adapter or a bias."""
+    inner = unwrap(model)
+    head = cast(Any, inner).get_output_embeddings()
+    if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
+        raise BadConfig(
+            "the head carries an adapter, which the chunked loss would not see: leave it out of target_modules"
+        )
+    if head.bias is not None:
+        raise BadConfig(f"{type(inner).__name__} has a head with a bias, which the chunked loss does not know")
+    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(head.weight, softcap)
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Final hidden states (N, H) at the batch's labelled positions, as the head takes them; packed or padded."""
+    body, packed = cast(Any, unwrap(model).base_model), dict[str, Any]()
+    if "stack" in batch:
+        return batch["stack"](batch, body.embed_tokens(batch["input_ids"]))
+    if batch["cu_seqlens"] is not None:
+        borders, longest = batch["cu_seqlens"], batch["longest"]
+        packed = {"position_ids": batch["position_ids"], "cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+        packed |= {"max_length_q": longest, "max_length_k": longest}
+    hidden: Tensor = body(input_ids=batch["input_ids"], use_cache=False, **packed).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch["positions"])
+
+
+def check_head(model: nn.Module) -> None:
+    """Raises BadConfig when body and head taken apart do not give the model's own logits (a scale that we miss)."""
+    ids = list(range(1, 9))
+    few = to_device(collate([(0, Example(ids, ids))]), next(model.parameters()).device)
+    with torch.no_grad():
+        whole = model(input_ids=few["input_ids"], use_cache=False).logits[0, :-1].float()
+        ours = head_of(model).logits(hidden_states(model, few))
+    if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
+        raise BadConfig(
+            f"{type(unwrap(model)).__name__} scales its logits in a way that the chunked loss does not know"
+        )

@@ -1,0 +1,1 @@
+"""Other runtimes: ggml's types and conversions, llama.cpp's logits and server."""

@@ -1,0 +1,1 @@
+"""LoRA projections that share one input, computed in few large matrix products."""

@@ -1,0 +1,1 @@
+"""The training loop: its spec, callbacks, checkpoints, optimizer state, metrics, divergence diagnosis."""

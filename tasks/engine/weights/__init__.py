@@ -1,0 +1,1 @@
+"""Weights on disk: safetensors in and out, effective weights of base and adapter, NF4, rescaling."""

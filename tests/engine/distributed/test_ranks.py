@@ -1,0 +1,142 @@
+"""Two processes train as one does: same losses, same weights, checkpoints that either goes on from. CPU, gloo."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks.core import child
+from tasks.core.errors import BadConfig, GateFailed, Preempted, StageError
+from tasks.core.refs import ModelDir
+from tasks.engine.data.collator import encode_file
+from tasks.engine.models.load import load_tokenizer
+from tasks.engine.training.loop import train
+from tasks.engine.training.spec import feed, loss_sums
+from tasks.teacher import FineTuneConfig
+from tests.engine.distributed.two_processes import PRECISION, RUNS, SETTINGS
+from tests.engine.rows import example_dataset
+from tests.engine.training.test_loop import assert_equal, plan, sigterm, weights  # noqa: F401
+from tests.pico import pico_model
+
+CLOSE = dict(rtol=2e-3, atol=2e-5)  # sums over rows in another order
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return ModelDir(pico_model(tmp_path_factory.mktemp("base"), hidden=32))
+
+
+@pytest.fixture(scope="module")
+def ran(base, tmp_path_factory):
+    """One process's runs, one of them stopped in step 3, and then what two processes made of the same."""
+    dataset, work = example_dataset(tmp_path_factory.mktemp("dataset")), tmp_path_factory.mktemp("work")
+    rows = encode_file(load_tokenizer(base), dataset / "train.jsonl", 256, warn=pytest.fail)
+    whole = {}
+
+    def stop(call: int) -> None:
+        if call == 9:  # four micro-batches a step: in step 3
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    for run, (_, method) in RUNS.items():
+        whole[run] = train(plan(base, rows, work / f"{run}-alone", method=method, **SETTINGS))
+        with pytest.raises(Preempted):
+            train(plan(base, rows, work / f"{run}-one", method=method, at_micro_batch=stop, **SETTINGS))
+    signal.signal(signal.SIGTERM, before)
+    arguments = [str(base.base), str(dataset), str(work)]
+    child.run_command("tests.engine.distributed.two_processes", arguments, work / "two", print, 200, 300, warm=True)
+    return rows, work, whole
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("kind", ["", "-resumed"])
+def test_two_processes_take_the_steps_of_one(ran, run, kind):
+    _, work, whole = ran
+    model, history = whole[run]
+    theirs = json.loads((work / f"{run}{kind}.json").read_text())
+    assert theirs["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
+    assert theirs["grad_norm"] == pytest.approx(history.steps["grad_norm"], rel=1e-3)
+    assert_equal(load_file(work / f"{run}{kind}.safetensors"), weights(model), **CLOSE)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_one_process_goes_on_from_the_checkpoint_of_two(ran, base, run):
+    rows, work, whole = ran
+    model, history = whole[run]
+    stopped = plan(base, rows, work / f"{run}-stopped", method=RUNS[run][1], **SETTINGS)
+    assert sorted(path.name for path in stopped.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    resumed, later = train(stopped)
+    assert later.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
+    assert_equal(weights(resumed), weights(model), **CLOSE)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_in_one_buffer_are_those_of_one_process(ran, base, run):
+    rows, work, whole = ran
+    theirs = load_file(work / f"{run}-gradients.safetensors")
+    norm, half = float(theirs.pop("norm")), PRECISION[run] == "bfloat16"
+    assert norm == pytest.approx(whole[run][1].steps["grad_norm"][0], rel=1e-2 if half else 1e-3)
+    settings = SETTINGS | {"precision": PRECISION[run]}
+    alone = plan(base, rows, work / f"{run}-alone-gradients", method=RUNS[run][1], **settings)
+    model = alone.build()
+    batches = feed(alone, model)
+    for batch in (batches[number] for number in range(4)):
+        loss_sums(alone, model, batch)["loss"].backward()
+    labels = sum(len(batches[number]["labels"]) for number in range(4))
+    scale = 0.1 / norm / labels
+    ours = {name: p.grad * scale for name, p in model.named_parameters() if p.requires_grad}
+    assert_equal(theirs, ours, **(dict(rtol=3e-2, atol=5e-4) if half else CLOSE))
+
+
+def test_the_command_in_two_processes_writes_one_output_and_one_goes_on_from_its_checkpoint(base, tmp_path):
+    """On GPUs where there are two: with NCCL's work in CUDA graphs, which must not keep the processes from ending."""
+    dataset, events = example_dataset(tmp_path / "dataset"), []
+    settings = dict(rank=4, dropout=0, batch_size=8, micro_batch_size=4, max_steps=6, save_every_steps=4)
+
+    def run(count: int, out: Path) -> list[float]:
+        config = FineTuneConfig(**settings, processes=count, strategy="fsdp2")
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        arguments = [str(tmp_path / "config.json"), "--base", str(base.base), "--dataset", str(dataset)]
+        arguments += ["--out", str(out), "--work", str(tmp_path / "work")]
+        events.clear()
+        child.run_command("tasks.teacher.run", arguments, tmp_path / "work", events.append, 120, 240, processes=count)
+        told = [event["values"] for event in events if event["event"] == "metrics"]
+        return [values["loss"] for values in told if "loss" in values]
+
+    theirs = run(2, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["facts"]["steps"] == 6 and report["details"]["batch"] == {"effective": 8, "micro": 4}
+    shutil.rmtree(tmp_path / "work" / "checkpoints" / "checkpoint-6")
+    rest = run(1, tmp_path / "alone")
+    assert any("goes on from checkpoint-4 of 6 steps" in event.get("message", "") for event in events)
+    assert len(theirs) == 6 and rest == pytest.approx(theirs[4:], rel=2e-2 if torch.cuda.is_available() else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_processes_than_gpus_are_refused(base, tmp_path):
+    config = FineTuneConfig(processes=torch.cuda.device_count() + 1)
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    arguments = [str(tmp_path / "config.json"), "--base", str(base.base), "--out", str(tmp_path / "out")]
+    arguments += ["--dataset", str(example_dataset(tmp_path / "dataset")), "--work", str(tmp_path / "work")]
+    with pytest.raises(BadConfig, match="set processes to the number of GPUs"):
+        child.run_command(
+            "tasks.teacher.run", arguments, tmp_path / "work", print, 120, 240, processes=config.processes
+        )
+
+
+@pytest.mark.parametrize(
+    "act, kind, message",
+    [("gate", GateFailed, "exact match 0.81 is below 0.90"), ("crash", StageError, r"nobody foresaw this\Z")],
+)
+def test_what_went_wrong_in_two_processes_is_told_as_it_is_of_one(tmp_path, act, kind, message):
+    (tmp_path / "config.json").write_text(json.dumps({"act": act}))
+    arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    with pytest.raises(kind, match=message):
+        child.run_command("tests.core.probe", arguments, tmp_path / "work", print, 120, 240, processes=2)

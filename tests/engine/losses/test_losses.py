@@ -1,0 +1,259 @@
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from tasks.engine.losses import Head, Mix, TopK, cross_entropy, distillation
+
+N, H, G, V = 13, 8, 10, 37
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+
+
+def tensors(teacher_columns: int = V, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, min(V, teacher_columns), (N,), generator=generator)
+    return (
+        (randn(N, H) * 2).requires_grad_(),
+        randn(V, H).requires_grad_(),
+        labels,
+        randn(N, G) * 2,
+        randn(teacher_columns, G),
+    )
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * (a / b).log()).sum(-1)
+
+
+def formula(p: torch.Tensor, q: torch.Tensor, mix: Mix) -> torch.Tensor:
+    """D(p, q) a row as the papers write it; see `Mix`."""
+    if mix.divergence == "forward_kl":
+        return kl(p, q)
+    if mix.divergence == "reverse_kl":
+        return kl(q, p)
+    if mix.divergence == "jsd":
+        m = mix.beta * p + (1 - mix.beta) * q
+        return mix.beta * kl(p, m) + (1 - mix.beta) * kl(q, m)
+    if mix.divergence == "skew_kl":
+        return kl(p, mix.skew * p + (1 - mix.skew) * q)
+    return kl(q, mix.skew * q + (1 - mix.skew) * p)
+
+
+def reference(student, teacher, labels, mix: Mix, weights) -> tuple[torch.Tensor, ...]:
+    """Loss, parts and norms from whole float64 logits, through autograd."""
+    shared = min(student.shape[1], teacher.shape[1])
+    p = torch.softmax(teacher[:, :shared] / mix.temperature, -1)
+    q = torch.softmax(student[:, :shared] / mix.temperature, -1)
+    kd = mix.temperature**2 * formula(p, q, mix)
+    ce = -torch.log_softmax(student, -1)[torch.arange(len(labels)), labels]
+    norms = [torch.autograd.grad(part.sum(), student, retain_graph=True)[0].norm(dim=-1) for part in (kd, ce)]
+    kd, ce, kd_norm, ce_norm = ((weights * part).sum() for part in (kd, ce, *norms))
+    return mix.kd_weight * kd + mix.ce_weight * ce, kd, ce, kd_norm, ce_norm
+
+
+def gradients(*leaves: torch.Tensor) -> list[torch.Tensor]:
+    found = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
+def assert_equal(got, want) -> None:
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("teacher_columns", [V, V + 5, V - 5])
+def test_distillation_is_the_formula_in_value_norm_and_gradient(divergence, teacher_columns):
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors(teacher_columns)
+    counts = torch.rand(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rows_of_three = 3 * 8 * 4 * V
+    for softcap, temperature, weights in product((None, 3.0), (1.0, 2.5), (None, counts)):
+        mix = Mix(0.7, 0.3, temperature, divergence, beta=0.3, skew=0.2)
+        heads = Head(weight, softcap), Head(teacher_weight, 5.0)
+        ours = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], mix, rows_of_three, weights)
+        (ours.loss / 7).backward()
+        got = [*ours, *gradients(hidden, weight)]
+        logits = capped(hidden @ weight.T, softcap), capped(teacher_hidden @ teacher_weight.T, 5.0)
+        expected = reference(*logits, labels, mix, torch.ones(N) if weights is None else weights)
+        (expected[0] / 7).backward()
+        assert_equal(got, [*expected, *gradients(hidden, weight)])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_top_k_with_a_tail_is_the_divergence_over_buckets(divergence):
+    """k tokens and one bucket for the rest: summed probabilities on both sides, then the paper's formula.
+
+    The teacher's head is padded by 5 columns that are not the student's: they are the tail's.
+    """
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors(V + 5)
+    mix = Mix(0.7, 0.3, 2, divergence, beta=0.3, skew=0.2)
+    teacher = teacher_hidden @ teacher_weight.T
+    logits, ids = teacher.topk(4)
+    assert (ids >= V).any()
+    known = TopK(logits, ids.int(), torch.logsumexp(teacher / 2, -1))
+    ours = distillation(hidden, Head(weight), labels, known, None, mix, 3 * 8 * 4 * V)
+    ours.loss.backward()
+    got = [ours.loss, ours.kd_loss, *gradients(hidden, weight)]
+    student = hidden @ weight.T
+    padded = torch.nn.functional.pad(student / 2, (0, 5), value=-math.inf)
+    sides = torch.softmax(teacher / 2, -1), torch.softmax(padded, -1)
+    top = [torch.where(ids < V, side.gather(1, ids), 1e-300) for side in sides]
+    buckets = [torch.cat([side, 1 - side.sum(-1, keepdim=True)], 1) for side in top]
+    ce = -torch.log_softmax(student, -1)[torch.arange(N), labels].sum()
+    kd = 4 * formula(*buckets, mix).sum()
+    (0.7 * kd + 0.3 * ce).backward()
+    assert_equal(got, [0.7 * kd + 0.3 * ce, kd, *gradients(hidden, weight)])
+
+
+def test_merging_tokens_into_the_tail_never_adds_divergence():
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    teacher, mix = teacher_hidden @ teacher_weight.T, Mix(1, 0, 2)
+    lse = torch.logsumexp(teacher / 2, -1)
+    values = []
+    for k in (1, 4, 16, V):
+        logits, ids = teacher.topk(k)
+        values.append(float(distillation(hidden, Head(weight), labels, TopK(logits, ids, lse), None, mix).kd_loss))
+    assert 0 < values[0] < values[1] < values[2] < values[3]
+
+
+def test_all_tokens_as_the_top_k_are_the_whole_divergence():
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    mix = Mix(1, 0, 2)
+    teacher = teacher_hidden @ teacher_weight.T
+    logits, ids = teacher.topk(V)
+    known = TopK(logits, ids, torch.logsumexp(teacher / 2, -1))
+    ours = distillation(hidden, Head(weight), labels, known, None, mix)
+    ours.loss.backward()
+    got = [ours.loss, *gradients(hidden, weight)]
+    whole = distillation(hidden, Head(weight), labels, teacher_hidden, Head(teacher_weight), mix)
+    whole.loss.backward()
+    assert_equal(got, [whole.loss, *gradients(hidden, weight)])
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5 * 16 * V, 1 << 30])
+def test_cross_entropy_does_not_depend_on_the_chunk(chunk_bytes):
+    hidden, weight, labels, *_ = tensors()
+    loss = cross_entropy(hidden, Head(weight), labels, chunk_bytes)
+    loss.backward()
+    got = [loss, *gradients(hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    expected.backward()
+    assert_equal(got, [expected, *gradients(hidden, weight)])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient(divergence):
+    """And a shift of all of the teacher's logits by a constant changes nothing."""
+    hidden, weight, labels, *_ = tensors()
+    shifted = [torch.cat([t.detach(), torch.full((len(t), 1), 3.0)], 1) for t in (hidden, weight)]
+    for states, head in [(hidden.detach(), Head(weight.detach())), (shifted[0], Head(shifted[1]))]:
+        losses = distillation(hidden, Head(weight), labels, states, head, Mix(1, 0, 2, divergence))
+        losses.loss.backward()
+        assert abs(float(losses.kd_loss)) < 1e-12
+        assert float(gradients(hidden, weight)[0].abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_positions_contribute_nothing_whatever_they_hold(divergence):
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    keep = torch.arange(N) % 3 != 0
+    mix, heads = Mix(0.7, 0.3, 2, divergence), (Head(weight), Head(teacher_weight))
+    kept = distillation(hidden[keep], heads[0], labels[keep], teacher_hidden[keep], heads[1], mix)
+    kept.loss.backward()
+    want = [*kept, *gradients(hidden, weight)]
+    masked = torch.where(keep, labels, -100)
+    broken = torch.where(keep[:, None], teacher_hidden, math.nan)
+    ours = distillation(hidden, heads[0], masked, broken, heads[1], mix)
+    ours.loss.backward()
+    assert_equal([*ours, *gradients(hidden, weight)], want)
+
+
+def test_the_temperature_squared_keeps_the_gradient_in_size():
+    """For small logits KL * T^2 tends to half the squared distance of the centred logits: independent of T."""
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    norms = []
+    for temperature in (50.0, 100.0):
+        mix = Mix(1, 0, temperature)
+        distillation(hidden, Head(weight), labels, teacher_hidden, Head(teacher_weight), mix).loss.backward()
+        norms.append(float(gradients(hidden, weight)[0].norm()))
+    assert math.isclose(*norms, rel_tol=0.03)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, labels, *_ = tensors()
+    frozen = weight.detach()
+    cross_entropy(hidden, Head(frozen), labels).backward()
+    assert frozen.grad is None and hidden.grad is not None
+
+
+def test_the_heads_gradient_can_be_added_where_the_caller_wants_it():
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    mix, head = Mix(0.7, 0.3, 2), Head(teacher_weight)
+    plain = distillation(hidden, Head(weight), labels, teacher_hidden, head, mix)
+    plain.loss.backward()
+    want = gradients(hidden, weight)
+    total = torch.ones_like(weight)
+    ours = distillation(hidden, Head(weight), labels, teacher_hidden, head, mix, 999, into=total)
+    ours.loss.backward()
+    assert weight.grad is None
+    assert_equal([ours.loss, hidden.grad, total - 1], [plain.loss, *want])
+
+
+def test_weights_in_a_tensor_go_before_those_of_the_mix():
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    heads = Head(weight), Head(teacher_weight)
+    want = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], Mix(0.2, 3, 2))
+    parts = torch.tensor([0.2, 3.0], dtype=torch.float64)
+    got = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], Mix(1, 1, 2), parts=parts)
+    assert_equal(got, want)
+
+
+def test_bfloat16_states_stay_close_to_the_exact_loss():
+    hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
+    exact = distillation(hidden, Head(weight), labels, teacher_hidden, Head(teacher_weight), Mix(0.7, 0.3, 2))
+    half = [t.detach().bfloat16() for t in (hidden, weight, teacher_hidden, teacher_weight)]
+    rough = distillation(half[0], Head(half[1]), labels, half[2], Head(half[3]), Mix(0.7, 0.3, 2))
+    assert rough.loss.dtype == torch.float32
+    assert math.isclose(float(rough.loss.detach()), float(exact.loss.detach()), rel_tol=0.02)
+
+
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(ValueError, match="temperature=0 must be above 0"):
+        Mix(1, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("columns", [(65536, 65536), (8192, 8256), (40000, 33000)])
+def test_the_kernel_is_the_plain_path_on_float32_logits(divergence, columns):
+    from tasks.engine.losses import divergence as plain
+    from tasks.engine.losses import triton
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    student, teacher = (torch.randn(16, c, generator=generator, device="cuda") * 3 for c in columns)
+    labels = torch.randint(0, min(columns), (16,), generator=generator, device="cuda")
+    weights = torch.rand(16, generator=generator, device="cuda")
+    for temperature, softcap in ((1.0, None), (2.0, None), (3.0, 4.0)):  # each is kernels of its own, seconds to make
+        mix, head = Mix(0.7, 0.3, temperature, divergence, 0.3, 0.2), Head(student, softcap)
+        parts = mix.weights(student.device)
+        exact = [t.double() for t in (student, weights, teacher)]
+        want = plain.chunk_losses(exact[0], head, labels, exact[1], Head(exact[2], 5.0).capped(exact[2]), mix, parts)
+        got = triton.chunk_losses(student.clone(), head, labels, weights, teacher, 5.0, mix, parts)
+        for ours, theirs in zip(got, want, strict=True):
+            assert float((ours.double() - theirs).norm() / theirs.norm()) < 2e-5
+        lse = Head(exact[2], 5.0).capped(exact[2]).div(temperature).logsumexp(-1).float()
+        knowing = triton.chunk_losses(student.clone(), head, labels, weights, teacher, 5.0, mix, parts, lse)
+        for ours, theirs in zip(knowing, want, strict=True):
+            assert float((ours.double() - theirs).norm() / theirs.norm()) < 2e-5

@@ -1,0 +1,95 @@
+"""An optimizer's state through a checkpoint, and from AdamW into bitsandbytes' 8-bit AdamW."""
+
+import json
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+
+from tasks.engine.training import checkpoint
+from tasks.engine.training.loop import train
+from tasks.engine.training.optimizer_state import flatten, restore
+from tests.engine.training.test_loop import assert_equal, base, plan, rows, sigterm, weights  # noqa: F401
+
+KINDS = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+    "adamw_8bit": lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=1e-2, weight_decay=1e-2),
+}
+
+
+def stepped(kind: str, steps: int, model: nn.Module | None = None):
+    """A model of one large and one small tensor, and its optimizer, after some steps on fixed data."""
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    optimizer, data = KINDS[kind](model.parameters()), torch.randn(8, 16, 96)
+    for batch in data[:steps]:
+        step(model, optimizer, batch)
+    return model, optimizer, data[steps:]
+
+
+def step(model, optimizer, batch) -> None:
+    optimizer.zero_grad()
+    model(batch).square().mean().backward()
+    optimizer.step()
+
+
+def through_a_checkpoint(optimizer, into, directory) -> None:
+    tensors, rest = flatten(optimizer)
+    found = checkpoint.write(directory, 2, {"optimizer": tensors}, {"state": rest}, made_by="run")
+    restore(into, checkpoint.read(found, "optimizer"), json.loads((found / "state.json").read_text()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_steps_are_those_of_an_optimizer_that_never_stopped(kind, tmp_path):
+    model, optimizer, later = stepped(kind, 4)
+    again = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    again.load_state_dict(model.state_dict())
+    resumed = KINDS[kind](again.parameters())
+    through_a_checkpoint(optimizer, resumed, tmp_path)
+    for batch in later:
+        step(model, optimizer, batch)
+        step(again, resumed, batch)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("before, after", [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_moments_survive_the_change_of_optimizer(before, after, tmp_path):
+    model, optimizer, later = stepped(before, 4)
+    again = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    again.load_state_dict(model.state_dict())
+    changed, fresh = KINDS[after](again.parameters()), nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    fresh.load_state_dict(model.state_dict())
+    forgetful = KINDS[after](fresh.parameters())
+    through_a_checkpoint(optimizer, changed, tmp_path)
+    for batch in later[:2]:
+        step(model, optimizer, batch)
+        step(again, changed, batch)
+        step(fresh, forgetful, batch)
+
+    def distance(other: nn.Module) -> float:
+        pairs = zip(model.parameters(), other.parameters(), strict=True)
+        return sum(float((mine - its).detach().square().sum()) for mine, its in pairs) ** 0.5
+
+    assert distance(again) < 0.2 * distance(fresh), "a new optimizer's first steps are larger than the kept moments'"
+
+
+def test_a_run_falls_to_the_paged_8_bit_optimizer_and_goes_on(base, rows, tmp_path):  # noqa: F811
+    settings = dict(dropout=0, micro_batch_size=1, gradient_checkpointing=True, rank=64, max_steps=8)
+    _, whole = train(plan(base, rows, tmp_path / "whole", **settings))
+
+    def run_out(call: int) -> None:
+        if call > 4 * 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    short = plan(base, rows, tmp_path / "short", at_micro_batch=run_out, **settings)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(short)
+    lower = plan(base, rows, tmp_path / "short", rung=1, **settings)
+    assert lower.config.optimizer == "paged_adamw_8bit"
+    model, history = train(lower)
+    assert history.steps["loss"][:4] == whole.steps["loss"][:4]
+    assert history.steps["loss"][-1] == pytest.approx(whole.steps["loss"][-1], rel=0.02)
+    again, _ = train(plan(base, rows, tmp_path / "short", rung=1, **settings))
+    assert_equal(weights(again), weights(model))
