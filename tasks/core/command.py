@@ -11,7 +11,7 @@ Every parameter but `config`, `out` and `job` is an input and becomes an option:
 last: its presence says that the rest is whole. Exit codes are those of `tasks.core.errors`; what went wrong is in
 `<work>/error.json`, for the parent to tell.
 
-Started by torchrun or `accelerate launch`, each process sees one GPU, and only process 0 writes the output directory.
+In several processes (`tasks.core.launch`) each sees one GPU, and only process 0 writes the output directory.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.core.errors import BadConfig, BadData, DeviceLost, NoSpace, OutOfMemory, StageError
+from tasks.core.gpu_selection import restart_with_own_gpu
 from tasks.core.job import Job
 from tasks.core.model_files import fault
 from tasks.core.parent_process import die_with_parent, name_process
@@ -56,6 +57,7 @@ class Report(BaseModel):
 
 def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None:
     """Runs `stage` as the process's main program and exits with what happened."""
+    restart_with_own_gpu()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the stall watchdog asks for the stacks
     die_with_parent()

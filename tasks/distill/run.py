@@ -2,7 +2,7 @@
 
 python -m tasks.distill.run config.json --student DIR[+ADAPTER] --teacher BASE+ADAPTER --dataset DIR --out DIR
     [--states DIR] [--texts DIR]
-torchrun --standalone --nproc-per-node 2 -m tasks.distill.run ... (process 0 asks the teacher, all train)
+python -m tasks.core.launch 2 tasks.distill.run config.json ...   (on two GPUs: process 0 runs the teacher, all train)
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Fine-tunes a base model, or an earlier adapter of it, on a dataset's rows, with cross-entropy on the answers.
 
 python -m tasks.teacher.run config.json --base DIR[+ADAPTER] --dataset DIR --out DIR
-torchrun --standalone --nproc-per-node 2 -m tasks.teacher.run config.json --base DIR --dataset DIR --out DIR
+python -m tasks.core.launch 2 tasks.teacher.run config.json ...         (on two GPUs)
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from tasks.engine.models.lm_head import head_of, hidden_states
 from tasks.engine.models.load import load_tokenizer, pick_device, training_precision
 from tasks.engine.models.load_adapter import settings_of_adapter
 from tasks.engine.models.trainable import trainable_model
-from tasks.engine.speed.fp8.matmul import refused
+from tasks.engine.speed.fp8.matmul import unsupported_reason
 from tasks.engine.training.loop import train
 from tasks.engine.training.results import fingerprint, finish, read_splits
 from tasks.engine.training.spec import Objective, Plan
@@ -90,7 +90,7 @@ def _check_fp8(config: FineTuneConfig, device: str) -> None:
     """Raises BadConfig where the MLPs' weights cannot be multiplied in 8 bits."""
     if config.method != "lora" or config.use_dora or config.dropout or config.precision != "bfloat16":
         raise BadConfig("fp8=true is for method=lora in bfloat16, without use_dora and dropout; set fp8=false")
-    reason = refused(torch.device(device))
+    reason = unsupported_reason(torch.device(device))
     if reason:
         raise BadConfig(f"fp8=true: {reason}; set fp8=false")
 

@@ -1,5 +1,6 @@
 """A stage that does on command what real stages do by misfortune: what the supervisor's tests run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from tasks.core.command import Report, command
 from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+
+ENVIRONMENT_AT_IMPORT = dict(os.environ)
 
 
 class ProbeConfig(BaseModel):
@@ -31,6 +34,8 @@ def probe(
     match config.act:
         case "succeed":
             (out / "made.txt").write_text("made")
+        case "environment":
+            (job.work / "environment.json").write_text(json.dumps(ENVIRONMENT_AT_IMPORT))
         case "gate":
             raise GateFailed("exact match 0.81 is below 0.90")
         case "value":
