@@ -1,10 +1,10 @@
 """Bake-off: one model quantized by one method, and what that cost: bytes, seconds, memory, agreement, speed."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, StageConfig
 
 Method = Literal[
     "none",
@@ -26,7 +26,7 @@ class BakeoffConfig(StageConfig):
     """Held-out rows on which the quantized model is compared with the model in float32."""
     calibration_rows: int = Field(default=64, ge=1)
     """Rows that a method calibrates on, of `calibration.jsonl` or else `train.jsonl`."""
-    max_length: int = Field(default=1024, ge=16)
+    max_length: Annotated[int, RUN_WIDE] = Field(default=1024, ge=16)
     """Longer calibration rows are cut to this many tokens."""
     speed_tokens: int = Field(default=64, ge=0)
     """Tokens generated greedily, one row at a time, to measure tokens a second; 0 for none."""

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, OnlyWith, StageConfig
 
+ADAPTED = OnlyWith("method", ("lora", "qlora"))
 # How a run is worked off, not what it makes: a checkpoint serves whatever these are.
 HOW = {
     "processes", "strategy", "micro_batch_size", "gradient_checkpointing", "compile", "cuda_graphs", "loss_chunk_mib",
@@ -22,20 +23,23 @@ def _regex(text: str) -> str:
     return text
 
 
+Regex = Annotated[str, AfterValidator(_regex)]
+
+
 class TrainingConfig(StageConfig):
     """How a model is trained, whatever the loss."""
 
-    rank: int = Field(16, ge=1, le=1024)
+    rank: Annotated[int, ADAPTED] = Field(16, ge=1, le=1024)
     """Rank of the LoRA adapters."""
-    alpha: float = Field(32, gt=0)
+    alpha: Annotated[float, ADAPTED] = Field(32, gt=0)
     """LoRA's scale: an adapter's product is multiplied by alpha / rank (alpha / sqrt(rank) with rsLoRA)."""
-    dropout: float = Field(0, ge=0, lt=1)
+    dropout: Annotated[float, ADAPTED] = Field(0, ge=0, lt=1)
     """Dropout before the adapters."""
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, ADAPTED] = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
-    use_dora: bool = False
+    use_dora: Annotated[bool, ADAPTED] = False
     """Weight-decomposed adapters (arXiv 2402.09353): a little better at low rank, slower."""
-    target_modules: list[str] | Annotated[str, AfterValidator(_regex)] = "all-linear"
+    target_modules: Annotated[list[str] | Regex, ADAPTED] = "all-linear"
     """Modules that get adapters: `all-linear` (all but the head, and no vision or audio tower), a list of names
     (`[q_proj, v_proj]`), or a regular expression that a module's whole name must match."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -44,7 +48,7 @@ class TrainingConfig(StageConfig):
     """How the learning rate falls after the warm-up."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
     """Share of the steps in which the learning rate rises from 0."""
-    epochs: float = Field(2, gt=0)
+    epochs: Annotated[float, OnlyWith("max_steps", (None,))] = Field(2, gt=0)
     """Passes over the training rows; `max_steps` goes before it."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps, instead of `epochs`."""
@@ -57,7 +61,7 @@ class TrainingConfig(StageConfig):
     """Rows one behind the other without padding, where the architecture allows it; off pads them."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the decoder's layers (CUDA): it takes a minute or two, so auto does it for runs that are long enough."""
-    max_length: int = Field(2048, ge=16)
+    max_length: Annotated[int, RUN_WIDE] = Field(2048, ge=16)
     """Longest row in tokens; longer ones are left out with a warning."""
     cuda_graphs: Literal["auto", "off"] = "auto"
     """Replay each micro-batch's forward and backward as one CUDA graph, where the run allows it (packed rows, bfloat16,
@@ -80,7 +84,7 @@ class TrainingConfig(StageConfig):
     """Gradients are clipped to this norm; 0 does not clip."""
     loss_chunk_mib: int = Field(256, ge=1)
     """Memory for logits: the loss takes the labelled rows in chunks of this size."""
-    chat_template: Literal["model", "gemma"] = "model"
+    chat_template: Annotated[Literal["model", "gemma"], RUN_WIDE] = "model"
     """The model's own chat template, or Gemma's turns for a base model that has none."""
     seed: int = Field(0, ge=0)
     """Seed of the row order, of new adapters and of dropout."""

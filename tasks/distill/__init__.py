@@ -1,11 +1,15 @@
 """Distils the teacher into the student: the teacher's whole distribution on the answers, mixed with the labels."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tasks.core.config import MoreThan, OnlyWith
 from tasks.core.training_config import TrainingConfig
 from tasks.distill.teacher_cache import StatesConfig, TeacherPrecision
+
+DISTILLED = OnlyWith("kd_weight", MoreThan(0))
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 
 
 class DistillConfig(TrainingConfig):
@@ -15,14 +19,14 @@ class DistillConfig(TrainingConfig):
     """Train all of the student's weights, or adapters."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate: about 5e-5 for all weights, 2e-4 for adapters."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"] = "forward_kl"
+    divergence: Annotated[Divergence, DISTILLED] = "forward_kl"
     """KL(teacher || student), KL(student || teacher), the generalized Jensen-Shannon divergence, or one of the first
     two against a mixture with the first distribution (DistiLLM)."""
-    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    jsd_beta: Annotated[float, OnlyWith("divergence", ("jsd",))] = Field(0.5, gt=0, lt=1)
     """The teacher's share in the mixture of `jsd` (arXiv 2306.13649)."""
-    skew: float = Field(0.1, ge=0, lt=1)
+    skew: Annotated[float, OnlyWith("divergence", ("skew_kl", "skew_reverse_kl"))] = Field(0.1, ge=0, lt=1)
     """That distribution's share in the mixture of `skew_kl` and `skew_reverse_kl` (arXiv 2402.03898)."""
-    temperature: float = Field(2, gt=0, le=100)
+    temperature: Annotated[float, DISTILLED] = Field(2, gt=0, le=100)
     """Softens both distributions; the divergence and its gradient are multiplied by T^2 to keep their size."""
     kd_weight: float = Field(0.7, ge=0)
     """Weight of the divergence from the teacher."""
@@ -37,9 +41,9 @@ class DistillConfig(TrainingConfig):
     """What the teacher computes in; `8bit` and `4bit` store its weights so (CUDA only)."""
     clip_norms: float | None = Field(None, gt=0, lt=1)
     """Clip the teacher's norm weights at this quantile of their absolute values first. An ablation: it harms."""
-    states_budget_gib: float = Field(64, ge=0)
+    states_budget_gib: Annotated[float, OnlyWith("teacher_online", (False,))] = Field(64, ge=0)
     """Above so many GiB of teacher states on disk, only the `top_k` logits and the mass of the others are kept."""
-    top_k: int = Field(64, ge=1, le=4096)
+    top_k: Annotated[int, OnlyWith("teacher_online", (False,))] = Field(64, ge=1, le=4096)
     """How many logits those are."""
     wrong_row_weight: float = Field(1, ge=0, le=1)
     """Weight of training rows that the teacher gets wrong (see report/teacher.html); 0 leaves them out."""
@@ -49,14 +53,14 @@ class DistillConfig(TrainingConfig):
     """The run stops when the teacher's cross-entropy a token on the validation rows is higher."""
     on_policy_rounds: int = Field(0, ge=0, le=20)
     """So many times more, the student answers some rows itself and learns what the teacher would have said (GKD)."""
-    on_policy_share: float = Field(0.25, gt=0, le=1)
+    on_policy_share: Annotated[float, OnlyWith("on_policy_rounds", MoreThan(0))] = Field(0.25, gt=0, le=1)
     """Share of the training rows that a round answers; it trains on them once."""
     grid: Literal["none", "Q8_0", "Q4_0"] = "none"
     """Train the last part of the run on the weights that a GGUF file of this kind holds; method full only. The student
     is then saved in float32, and its file of this kind has the very same weights."""
-    grid_fraction: float = Field(0.5, gt=0, le=1)
+    grid_fraction: Annotated[float, OnlyWith("grid", ("Q8_0", "Q4_0"))] = Field(0.5, gt=0, le=1)
     """That last part, as a share of the steps."""
-    grid_embedding: Literal["Q8_0", "Q4_0"] = "Q8_0"
+    grid_embedding: Annotated[Literal["Q8_0", "Q4_0"], OnlyWith("grid", ("Q8_0", "Q4_0"))] = "Q8_0"
     """What the tied embedding becomes in the file. llama.cpp gives a Q4_0 file a Q8_0 embedding unless told otherwise
     (Q6_K where the hidden size is a multiple of 256: tell it there)."""
     vocabulary: int | None = Field(None, ge=300)

@@ -1,10 +1,10 @@
 """Evaluate: how good a model's answers are on the held-out rows, and how fast they come. This is the stage's config."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, StageConfig
 
 
 class EvaluateConfig(StageConfig):
@@ -19,7 +19,7 @@ class EvaluateConfig(StageConfig):
     limit_rows: int | None = Field(default=None, ge=1)
     """Ask only so many of the held-out rows, spread evenly over the file."""
 
-    out_of_scope_intent: str = "out_of_scope"
+    out_of_scope_intent: Annotated[str, RUN_WIDE] = "out_of_scope"
     """The intent of questions that the model should decline."""
 
     threads: int | None = Field(default=None, ge=1)

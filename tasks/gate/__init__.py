@@ -1,10 +1,10 @@
 """Gate: whether the student may go out. Budgets against the teacher and the student, on the same held-out rows."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, StageConfig
 
 Check = Literal["auto", "exact_match", "intent_accuracy", "json_valid", "schema_valid", "token_f1", "rouge_l", "metric"]
 
@@ -33,5 +33,5 @@ class GateConfig(StageConfig):
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     """How sure a rule has to be (one-sided)."""
 
-    out_of_scope_intent: str = "out_of_scope"
+    out_of_scope_intent: Annotated[str, RUN_WIDE] = "out_of_scope"
     """The intent of questions that the model should decline, for the tables by slice."""

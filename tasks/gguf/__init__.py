@@ -1,10 +1,10 @@
 """GGUF: a model directory becomes one file for llama.cpp, loaded there and compared before it is published."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.core.config import StageConfig
+from tasks.core.config import OnlyWith, StageConfig
 
 Kind = Literal[
     "auto", "F32", "F16", "BF16",
@@ -36,7 +36,7 @@ class GgufConfig(StageConfig):
     sensitive: Literal["recommend", "raise"] = "recommend"
     """What is done with the tensors that the outliers stage's verdict calls sensitive: the plan names better types for
     them, or the file gets these."""
-    sensitive_percent: float = Field(default=5.0, ge=0, le=100)
+    sensitive_percent: Annotated[float, OnlyWith("budget_mb", (None,))] = Field(default=5.0, ge=0, le=100)
     """How much larger better types for sensitive tensors may make the file, where `budget_mb` does not say it."""
     imatrix: bool = True
     """Weigh rounding errors by the importance matrix when the outliers stage made one; Q8_0 and floats ignore it."""

@@ -1,10 +1,10 @@
 """Ingest: a team's own files in, checked rows in train, validation, test and calibration out: the stage's config."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, OnlyWith, StageConfig
 
 Format = Literal[
     "auto",
@@ -53,20 +53,20 @@ class IngestConfig(StageConfig):
     """Look for almost equal questions (MinHash) and keep them on one side of the splits; `drop` also keeps only the
     first of those whose answers are equal."""
 
-    near_threshold: float = Field(default=0.8, ge=0.6, le=1)
+    near_threshold: Annotated[float, OnlyWith("near_duplicates", ("together", "drop"))] = Field(0.8, ge=0.6, le=1)
     """Questions count as almost equal from this share of common 5-byte pieces (Jaccard similarity) on."""
 
-    schema_share: float = Field(default=0.98, gt=0.5, le=1)
+    schema_share: Annotated[float, OnlyWith("answers", ("auto", "json"))] = Field(default=0.98, gt=0.5, le=1)
     """What this share of the JSON answers has in common (a field, its type) is required of all of them."""
 
-    max_length: int = Field(default=2048, ge=16)
+    max_length: Annotated[int, RUN_WIDE] = Field(default=2048, ge=16)
     """Tokens that a row may have, chat template included; counted when a tokenizer is given."""
 
     over_long: Literal["drop", "cut", "fail"] = "drop"
     """What happens to a row over `max_length`: quarantine, its question cut at the end (and told in cut.jsonl), or the
     stage fails."""
 
-    chat_template: Literal["model", "gemma"] = "model"
+    chat_template: Annotated[Literal["model", "gemma"], RUN_WIDE] = "model"
     """The template that tokens are counted with: the tokenizer's own, or Gemma's for a base model that has none."""
 
     minimum_rows: int = Field(default=50, ge=1)
@@ -78,5 +78,5 @@ class IngestConfig(StageConfig):
     max_quarantined_fraction: float = Field(default=0.1, ge=0, le=1)
     """A larger share of faulty rows fails the stage: then the file, not the rows, is likely to be wrong."""
 
-    out_of_scope_intent: str = "out_of_scope"
+    out_of_scope_intent: Annotated[str, RUN_WIDE] = "out_of_scope"
     """The intent of questions that the model should decline, in answers that are JSON objects with an `intent`."""

@@ -1,10 +1,10 @@
 """Merge: base and adapter become one model directory in Hugging Face's layout, shown to say the same."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import OnlyWith, StageConfig
 
 
 class MergeConfig(StageConfig):
@@ -17,9 +17,9 @@ class MergeConfig(StageConfig):
     remedy: Literal["none", "rescale", "clip"] = "none"
     """Against activations too large for float16: `rescale` shrinks the residual stream and leaves the function alone;
     `clip` limits the norms' gains, which changes it, and is there to show the difference."""
-    rescale_k: float = Field(default=0.03125, gt=0)
+    rescale_k: Annotated[float, OnlyWith("remedy", ("rescale",))] = Field(default=0.03125, gt=0)
     """What `rescale` multiplies the residual stream by: a power of two."""
-    clip_percentile: float = Field(default=99.0, gt=50, le=100)
+    clip_percentile: Annotated[float, OnlyWith("remedy", ("clip",))] = Field(default=99.0, gt=50, le=100)
     """Where `clip` cuts: the percentile of each norm's gains."""
     shard_bytes: int = Field(default=1_900_000_000, ge=100_000, lt=2_000_000_000)
     """Largest safetensors file, in bytes. Some object stores and file systems end at 2 GB."""

@@ -1,10 +1,10 @@
 """Outliers: what quantization could break in a model, in which tensor, where it came from, and what to do about it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, MoreThan, OnlyWith, StageConfig
 
 
 class OutlierConfig(StageConfig):
@@ -22,13 +22,13 @@ class OutlierConfig(StageConfig):
     """The model to deliver: its importance matrix is written. Without one of this name it is the last one given."""
     calibration_rows: int = Field(default=128, ge=0)
     """Rows whose activations are looked at, of `calibration.jsonl` or else `train.jsonl`; 0 for weights alone."""
-    max_length: int = Field(default=2048, ge=16)
+    max_length: Annotated[int, RUN_WIDE] = Field(default=2048, ge=16)
     """Longer calibration rows are cut to this many tokens."""
-    measure: Literal["focus", "all", "none"] = "focus"
+    measure: Annotated[Literal["focus", "all", "none"], OnlyWith("calibration_rows", MoreThan(0))] = "focus"
     """Which models are tried on held-out rows: in float16, rescaled, clipped, 8-bit activations, AWQ's fold."""
-    measured_rows: int = Field(default=16, ge=1)
+    measured_rows: Annotated[int, OnlyWith("measure", ("focus", "all"))] = Field(default=16, ge=1)
     """Held-out rows of each trial."""
-    margin: float = Field(default=2.0, ge=1)
+    margin: Annotated[float, OnlyWith("calibration_rows", MoreThan(0))] = Field(default=2.0, ge=1)
     """How far below a limit the largest activation has to stay to count as safe: other rows may reach higher."""
-    clip_percentile: float = Field(default=99.0, gt=0, le=100)
+    clip_percentile: Annotated[float, OnlyWith("measure", ("focus", "all"))] = Field(default=99.0, gt=0, le=100)
     """The percentile at which clipping limits a norm's gains, where it is tried."""

@@ -1,9 +1,10 @@
 """Fine-tunes the teacher on the team's rows: LoRA, QLoRA or all weights."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tasks.core.config import MoreThan, OnlyWith
 from tasks.core.training_config import TrainingConfig
 
 
@@ -17,5 +18,5 @@ class FineTuneConfig(TrainingConfig):
     forward and backward. Faster, a little less exact; adapters, attention, norms and the head stay as they are."""
     processes: int = Field(1, ge=1, le=16)
     """GPUs of this host that train together, one process each; `batch_size` is split over them."""
-    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    strategy: Annotated[Literal["ddp", "fsdp2"], OnlyWith("processes", MoreThan(1))] = "ddp"
     """With several processes: a whole model in each, or each layer's weights and optimizer state split over them."""

@@ -1,10 +1,10 @@
 """The teacher run once over a dataset's rows: what it says of every answer token, kept for any later distillation."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.config import StageConfig
+from tasks.core.config import RUN_WIDE, StageConfig
 
 TeacherPrecision = Literal["auto", "bfloat16", "float16", "float32", "8bit", "4bit"]
 # A top-k entry holds the log-sum-exp of the teacher's logits / T for these T, since the tail is gone afterwards.
@@ -14,9 +14,9 @@ TEMPERATURES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0)
 class StatesConfig(StageConfig):
     """Settings of `remember`. None is the loss's: any temperature and divergence reads the same states."""
 
-    max_length: int = Field(2048, ge=16)
+    max_length: Annotated[int, RUN_WIDE] = Field(2048, ge=16)
     """Longest row in tokens; longer ones are left out."""
-    chat_template: Literal["model", "gemma"] = "model"
+    chat_template: Annotated[Literal["model", "gemma"], RUN_WIDE] = "model"
     """The teacher's own chat template, or Gemma's turns."""
     teacher_precision: TeacherPrecision = "auto"
     """What the teacher computes in; `8bit` and `4bit` store its weights so (bitsandbytes, CUDA only)."""
