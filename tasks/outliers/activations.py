@@ -1,11 +1,12 @@
-"""What flows through a model on calibration rows: every linear layer's input, every norm, the stream between layers.
+"""Measures a model's activations on calibration rows with forward hooks: linear inputs, norms, the residual stream.
 
-Rows go through one by one, so no padding is in the numbers, with eager attention, which alone shows its weights.
+Rows run one by one, so that no padding is measured, with eager attention, the only one that returns its weights.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,38 +14,46 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.job import Job
-from tasks.outliers.layer_statistics import Activations, Channels, Layer, Peak
+from tasks.outliers.activation_statistics import ActivationStatistics, ChannelStatistics, LayerStatistics, Peak
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 TOWER = re.compile(r"vision|audio")
 
 
+@dataclass
+class CurrentRow:
+    """The row that runs through the model at the moment, for hooks that note where a peak was."""
+
+    index: int = 0
+    input_ids: list[int] = field(default_factory=list)
+
+
 @torch.inference_mode()
-def observe(model: PreTrainedModel, rows: list[list[int]], job: Job, label: str) -> Activations:
-    """Runs token ids `rows` through the model, in the dtype that it has; the head itself is left out."""
-    seen = Activations(rows=len(rows), tokens=sum(map(len, rows)))
-    now: dict[str, Any] = {}
-    kept = model.config._attn_implementation
+def observe(model: PreTrainedModel, rows: list[list[int]], job: Job, label: str) -> ActivationStatistics:
+    """Runs the token ids of each row through the model in its own dtype, without the LM head."""
+    statistics = ActivationStatistics(rows=len(rows), tokens=sum(map(len, rows)))
+    current = CurrentRow()
+    attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        with hooked(model, seen, now):
-            for number, ids in enumerate(rows):
-                now.update(row=number, ids=ids)
+        with activation_hooks(model, statistics, current):
+            for index, ids in enumerate(rows):
+                current.index, current.input_ids = index, ids
                 model.base_model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-                job.progress(number + 1, len(rows), "rows", f"{label}: activations")
+                job.progress(index + 1, len(rows), "rows", f"{label}: activations")
     finally:
-        model.set_attn_implementation(kept)
-    for layer in seen.layers.values():
+        model.set_attn_implementation(attention)
+    for layer in statistics.layers.values():
         layer.sink_mass /= max(1, len(rows))
         layer.sink_norm /= max(1, len(rows))
-    for channels in seen.linears.values():
+    for channels in statistics.linears.values():
         channels.squares, channels.maxima = channels.squares.cpu(), channels.maxima.cpu()
-    return seen
+    return statistics
 
 
 @contextmanager
-def hooked(model: nn.Module, seen: Activations, now: dict[str, Any]) -> Iterator[None]:
-    """Hooks on every linear layer, norm and decoder layer of the text model, as long as the block lasts."""
+def activation_hooks(model: nn.Module, statistics: ActivationStatistics, current: CurrentRow) -> Iterator[None]:
+    """Hooks on every linear layer, norm and decoder layer of the text model while the block runs."""
     with ExitStack() as stack:
 
         def add(handle: Any) -> None:
@@ -54,20 +63,20 @@ def hooked(model: nn.Module, seen: Activations, now: dict[str, Any]) -> Iterator
             if TOWER.search(name) or name.endswith("lm_head"):
                 continue
             if isinstance(module, nn.Linear):
-                channels = Channels(
+                channels = ChannelStatistics(
                     torch.zeros(module.in_features, dtype=torch.float64, device=module.weight.device),
                     torch.zeros(module.in_features, device=module.weight.device),
                 )
-                seen.linears[name] = channels
-                add(module.register_forward_hook(_linear(channels, seen)))
+                statistics.linears[name] = channels
+                add(module.register_forward_hook(_linear(channels, statistics)))
             elif "norm" in type(module).__name__.lower() and hasattr(module, "weight"):
-                add(module.register_forward_hook(_norm(name, seen)))
+                add(module.register_forward_hook(_norm(name, statistics)))
             if match := LAYER.search(name):
-                layer = seen.layers.setdefault(int(match[1]), Layer())
+                layer = statistics.layers.setdefault(int(match[1]), LayerStatistics())
                 if match[1] == "0":
-                    add(module.register_forward_pre_hook(_embedding(seen, now), with_kwargs=True))
-                add(module.register_forward_hook(_output(layer, now)))
-                add(_before_mlp(module).register_forward_pre_hook(_middle(layer, now)))
+                    add(module.register_forward_pre_hook(_embedding(statistics, current), with_kwargs=True))
+                add(module.register_forward_hook(_output(layer, current)))
+                add(_before_mlp(module).register_forward_pre_hook(_middle(layer, current)))
                 if attention := getattr(module, "self_attn", None):
                     add(attention.register_forward_hook(_attention(layer)))
         yield
@@ -79,7 +88,7 @@ def _before_mlp(layer: nn.Module) -> nn.Module:
     return norm if isinstance(norm, nn.Module) else layer
 
 
-def _linear(channels: Channels, seen: Activations) -> Any:
+def _linear(channels: ChannelStatistics, statistics: ActivationStatistics) -> Any:
     def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach().float().reshape(-1, module.in_features)
         magnitudes = x.abs()
@@ -88,34 +97,34 @@ def _linear(channels: Channels, seen: Activations) -> Any:
         channels.token_peaks += float(magnitudes.amax(1).double().square().sum())
         channels.tokens += len(x)
         peak = float(output.detach().abs().max())
-        seen.not_finite += peak != peak or peak == float("inf")
+        statistics.not_finite += peak != peak or peak == float("inf")
         channels.output_peak = max(channels.output_peak, peak)
 
     return hook
 
 
-def _norm(name: str, seen: Activations) -> Any:
+def _norm(name: str, statistics: ActivationStatistics) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.norms[name] = max(seen.norms.get(name, 0.0), float(output.detach().abs().max()))
+        statistics.norms[name] = max(statistics.norms.get(name, 0.0), float(output.detach().abs().max()))
 
     return hook
 
 
-def _embedding(seen: Activations, now: dict[str, Any]) -> Any:
+def _embedding(statistics: ActivationStatistics, current: CurrentRow) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        _raise(seen.embedding, inputs[0] if inputs else options["hidden_states"], now)
+        _update_peak(statistics.embedding, inputs[0] if inputs else options["hidden_states"], current)
 
     return hook
 
 
-def _middle(layer: Layer, now: dict[str, Any]) -> Any:
-    return lambda module, inputs: _raise(layer.middle, inputs[0], now)
+def _middle(layer: LayerStatistics, current: CurrentRow) -> Any:
+    return lambda module, inputs: _update_peak(layer.middle, inputs[0], current)
 
 
-def _output(layer: Layer, now: dict[str, Any]) -> Any:
+def _output(layer: LayerStatistics, current: CurrentRow) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output
-        _raise(layer.output, stream, now)
+        _update_peak(layer.output, stream, current)
         norms = (
             stream.detach().float().flatten(0, -3)[-1].norm(dim=-1)
             if stream.ndim > 3
@@ -126,7 +135,7 @@ def _output(layer: Layer, now: dict[str, Any]) -> Any:
     return hook
 
 
-def _attention(layer: Layer) -> Any:
+def _attention(layer: LayerStatistics) -> Any:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if weights is not None and weights.shape[-2] > 1:  # [1, heads, queries, keys]
@@ -135,12 +144,12 @@ def _attention(layer: Layer) -> Any:
     return hook
 
 
-def _raise(peak: Peak, stream: Tensor, now: dict[str, Any]) -> None:
-    """Keeps the place of the largest magnitude; `stream` is [..., tokens, channels]."""
+def _update_peak(peak: Peak, stream: Tensor, current: CurrentRow) -> None:
+    """Raises `peak` to the largest magnitude of `stream` [..., tokens, channels], with its token and channel."""
     flat = stream.detach().abs().flatten()
-    at = int(flat.argmax())
-    value = float(flat[at])
+    index = int(flat.argmax())
+    value = float(flat[index])
     if value > peak.value or value != value:
-        channel, position = at % stream.shape[-1], at // stream.shape[-1] % stream.shape[-2]
-        peak.value, peak.row, peak.position, peak.channel = value, now["row"], position, channel
-        peak.token = now["ids"][position]
+        channel, position = index % stream.shape[-1], index // stream.shape[-1] % stream.shape[-2]
+        peak.value, peak.row, peak.position, peak.channel = value, current.index, position, channel
+        peak.token = current.input_ids[position]

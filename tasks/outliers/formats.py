@@ -1,4 +1,4 @@
-"""What each target format would do to a matrix: ggml's types by ggml itself, NF4 and int8 as bitsandbytes makes them.
+"""Error that each quantized format makes in a matrix: ggml's types by ggml itself, NF4 and int8 as in bitsandbytes.
 
 Errors are root-mean-square of the difference over root-mean-square of the values, on rows spread over the tensor.
 """
@@ -28,29 +28,29 @@ def errors(rows: Tensor, importance: Tensor | None = None) -> dict[str, float]:
     """
     weight = torch.ones(rows.shape[-1]) if importance is None else importance.float()
     energy = float((rows.square().mean(0) * weight).sum())
-    found = {}
+    relative = {}
     for name in FORMATS:
-        back = quantized(name, rows)
-        if back is not None:
-            noise = float(((back - rows).square().mean(0) * weight).sum())
-            found[name] = (noise / energy) ** 0.5 if energy else 0.0
-    return found
+        restored = round_trip_rows(name, rows)
+        if restored is not None:
+            noise = float(((restored - rows).square().mean(0) * weight).sum())
+            relative[name] = (noise / energy) ** 0.5 if energy else 0.0
+    return relative
 
 
-def quantized(name: str, rows: Tensor) -> Tensor | None:
-    """Finite float32 rows as they come back from a format; None where it cannot hold rows of this width."""
+def round_trip_rows(name: str, rows: Tensor) -> Tensor | None:
+    """Finite float32 rows quantized to a format and dequantized; None where it cannot hold rows of this width."""
     if name == "int8":
         return _int8(rows)
     if name == "nf4":
         return _nf4(rows) if rows.numel() % NF4_BLOCK == 0 else None
-    kind = becomes(GGML[name], rows.shape[-1])
+    kind = actual_type(GGML[name], rows.shape[-1])
     return torch.from_numpy(round_trip(kind, rows.numpy())) if kind else None
 
 
-def becomes(kind: str, width: int) -> str | None:
-    """The type that rows of `width` values really get when `kind` is asked for; None where no blocks fit."""
-    found = fitting(kind, width)
-    return None if found in FLOATS else found
+def actual_type(kind: str, width: int) -> str | None:
+    """The ggml type that rows of `width` values get when `kind` is requested; None where no block size divides it."""
+    actual = fitting(kind, width)
+    return None if actual in FLOATS else actual
 
 
 def _int8(rows: Tensor) -> Tensor:
@@ -60,10 +60,10 @@ def _int8(rows: Tensor) -> Tensor:
 
 
 def _nf4(rows: Tensor) -> Tensor:
-    """Blocks of 64 along the flattened rows, each scaled by its largest magnitude; the scale is kept exactly."""
+    """Blocks of 64 along the flattened rows, each scaled by its largest magnitude; the scale stays exact."""
     blocks = rows.reshape(-1, NF4_BLOCK)
     scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-38)
     scaled, code = blocks / scale, torch.zeros(blocks.shape, dtype=torch.uint8)
-    for middle in ((NF4[1:] + NF4[:-1]) / 2).tolist():  # a fourth of bucketize's time
-        code += scaled > middle
+    for threshold in ((NF4[1:] + NF4[:-1]) / 2).tolist():  # a fourth of bucketize's time
+        code += scaled > threshold
     return NF4[code.int()].mul_(scale).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""The activation half of the stage: a model observed on calibration rows, summed up, and tried on held-out ones."""
+"""Activation half of the audit: runs a model on calibration rows, summarizes it, and tries it on held-out rows."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,112 +11,114 @@ from tasks.core.errors import BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import read_rows
-from tasks.engine.compare.agreement import held_out
+from tasks.engine.compare.agreement import test_rows
 from tasks.engine.data.chat_template import encode
-from tasks.engine.models.load import load_tokenizer
-from tasks.engine.models.text_only import load_text
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.text_only import load_text_model
 from tasks.outliers import OutlierConfig
+from tasks.outliers.activation_statistics import ActivationStatistics, ChannelStatistics, LayerStatistics, Peak
 from tasks.outliers.activations import observe
 from tasks.outliers.imatrix import write_imatrix
-from tasks.outliers.layer_statistics import Activations, Channels, Layer, Peak
-from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX, rescale_needed
+from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX, rescale_factor
 from tasks.outliers.simulate import Outcome, simulate
 
 Numbers = dict[str, Any]
 
 
-class Observed(NamedTuple):
-    """What a model's activations say: as JSON, as they are, and what trials on held-out rows came to."""
+class ModelActivations(NamedTuple):
+    """A model's activations as JSON and as tensors, and the outcomes of trials on held-out rows by name."""
 
     summary: Numbers
-    seen: Activations
-    outcomes: dict[str, Outcome]
+    statistics: ActivationStatistics
+    trials: dict[str, Outcome]
 
 
 def observe_model(
     config: OutlierConfig, name: str, model: ModelDir, dataset: Path, out: Path, focus: bool, job: Job
-) -> Observed:
-    """Runs one model over the rows; the focus gets `imatrix.gguf`. An adapter is merged in memory first."""
-    tried = config.measure == "all" or (focus and config.measure == "focus")
-    device = "cpu" if job.rung else None  # an out-of-memory error before: slower, but there is room
-    loaded = load_text(model, "float32" if tried else "auto", device)
+) -> ModelActivations:
+    """Runs one model over the rows, an adapter merged in memory; for the focus writes `imatrix.gguf`."""
+    with_trials = config.measure == "all" or (focus and config.measure == "focus")
+    device = "cpu" if job.rung else None  # after an out-of-memory error
+    loaded = load_text_model(model, "float32" if with_trials else "auto", device)
     if isinstance(loaded, PeftModel):
         loaded = loaded.merge_and_unload()
     tokenizer = load_tokenizer(model)
-    rows, source = calibration(config, tokenizer, dataset)
-    seen = observe(loaded, rows, job, name)
-    summary = summarize(seen, tokenizer) | {"source": source}
-    save_file(channel_tensors(seen), out / f"activations-{name}.safetensors")
+    rows, source = calibration_rows(config, tokenizer, dataset)
+    statistics = observe(loaded, rows, job, name)
+    summary = summarize(statistics, tokenizer) | {"source": source}
+    save_file(channel_tensors(statistics), out / f"activations-{name}.safetensors")
     if focus:
         text = loaded.config.get_text_config()
-        written = write_imatrix(out / "imatrix.gguf", seen, loaded.config.model_type, text.num_hidden_layers, source)
-        job.log(f"imatrix.gguf: {len(written)} matrices of {name} on {seen.rows} rows, {seen.tokens} tokens")
-    outcomes: dict[str, Outcome] = {}
-    if tried:
-        examples = [encode(tokenizer, row) for row in held_out(dataset, config.measured_rows)]
-        k = rescale_needed(summary, config.margin)
-        outcomes = simulate(loaded, examples, seen, model.base, k, config.clip_percentile, job)
-    return Observed(summary, seen, outcomes)
+        layers, path = text.num_hidden_layers, out / "imatrix.gguf"
+        matrices = write_imatrix(path, statistics, loaded.config.model_type, layers, source)
+        job.log(f"imatrix.gguf: {len(matrices)} matrices of {name}, {statistics.rows} rows, {statistics.tokens} tokens")
+    trials: dict[str, Outcome] = {}
+    if with_trials:
+        examples = [encode(tokenizer, row) for row in test_rows(dataset, config.measured_rows)]
+        k = rescale_factor(summary, config.margin)
+        trials = simulate(loaded, examples, statistics, model.base, k, config.clip_percentile, job)
+    return ModelActivations(summary, statistics, trials)
 
 
-def calibration(
+def calibration_rows(
     config: OutlierConfig, tokenizer: PreTrainedTokenizerBase, dataset: Path
 ) -> tuple[list[list[int]], str]:
-    """Token ids of calibration rows, evenly spread over the file, and the file's name."""
-    file = next((one for one in ("calibration.jsonl", "train.jsonl") if (dataset / one).is_file()), None)
-    found = list(read_rows(dataset / file)) if file else []
-    if not found or file is None:
+    """Token ids of rows evenly spread over the calibration file, and that file's name."""
+    files = ("calibration.jsonl", "train.jsonl")
+    file = next((name for name in files if (dataset / name).is_file()), None)
+    rows = list(read_rows(dataset / file)) if file else []
+    if not rows or file is None:
         raise BadData(f"{dataset} has no rows in calibration.jsonl or train.jsonl: activations need some")
-    count = min(len(found), config.calibration_rows)
-    chosen = [found[i * len(found) // count] for i in range(count)]
-    return [encode(tokenizer, row).input_ids[: config.max_length] for row in chosen], file
+    count = min(len(rows), config.calibration_rows)
+    spread = [rows[i * len(rows) // count] for i in range(count)]
+    return [encode(tokenizer, row).input_ids[: config.max_length] for row in spread], file
 
 
-def summarize(seen: Activations, tokenizer: PreTrainedTokenizerBase) -> Numbers:
+def summarize(statistics: ActivationStatistics, tokenizer: PreTrainedTokenizerBase) -> Numbers:
     """Everything but the single channels, as JSON."""
 
-    def place(peak: Peak) -> Numbers:
+    def peak_json(peak: Peak) -> Numbers:
         text = tokenizer.decode([peak.token])
         return {"value": peak.value, "position": peak.position, "token": text, "channel": peak.channel}
 
     return {
-        "rows": seen.rows,
-        "tokens": seen.tokens,
-        "not_finite": seen.not_finite,
-        "stream_peak": seen.stream_peak,
-        "embedding": place(seen.embedding),
+        "rows": statistics.rows,
+        "tokens": statistics.tokens,
+        "not_finite": statistics.not_finite,
+        "stream_peak": statistics.stream_peak,
+        "embedding": peak_json(statistics.embedding),
         "layers": [
             {
                 "layer": number,
-                "middle": place(layer.middle),
-                "output": place(layer.output),
+                "middle": peak_json(layer.middle),
+                "output": peak_json(layer.output),
                 **_headroom(layer),
                 "sink_mass": layer.sink_mass,
                 "sink_norm": layer.sink_norm,
             }
-            for number, layer in sorted(seen.layers.items())
+            for number, layer in sorted(statistics.layers.items())
         ],
-        "norms": seen.norms,
-        "linears": {name: _channels(channels) for name, channels in seen.linears.items()},
+        "norms": statistics.norms,
+        "linears": {name: _linear_json(channels) for name, channels in statistics.linears.items()},
     }
 
 
-def channel_tensors(seen: Activations) -> Any:
+def channel_tensors(statistics: ActivationStatistics) -> Any:
     """Per-channel maxima and mean squares of every linear layer's input, float32 [in], by `<layer>.max` and so on."""
-    found = {}
-    for name, channels in seen.linears.items():
-        found[f"{name}.max"] = channels.maxima.contiguous()
-        found[f"{name}.mean_square"] = channels.mean_squares.float().contiguous()
-    return found
+    tensors = {}
+    for name, channels in statistics.linears.items():
+        tensors[f"{name}.max"] = channels.maxima.contiguous()
+        tensors[f"{name}.mean_square"] = channels.mean_squares.float().contiguous()
+    return tensors
 
 
-def _headroom(layer: Layer) -> dict[str, float]:
-    """How many times its peak each small float could still hold; below 1 it cannot."""
+def _headroom(layer: LayerStatistics) -> dict[str, float]:
+    """The largest number of each small float over the layer's peak; below 1 the peak overflows."""
     peak = max(layer.middle.value, layer.output.value, 1e-30)
     return {"float16_headroom": FLOAT16_MAX / peak, "float8_headroom": FLOAT8_MAX / peak}
 
 
-def _channels(channels: Channels) -> Numbers:
+def _linear_json(channels: ChannelStatistics) -> Numbers:
     peak, rms = float(channels.maxima.max()), channels.mean_squares.sqrt()
     step, order = peak / 127, channels.maxima.argsort(descending=True)[:5]
     return {

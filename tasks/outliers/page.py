@@ -1,8 +1,8 @@
-"""The outlier report as a page to read, and its tables as rows."""
+"""Renders the audit as a markdown page; its tables as rows."""
 
 from typing import Any
 
-from tasks.outliers.inheritance import grew
+from tasks.outliers.inheritance import growth_text
 from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
 Numbers = dict[str, Any]
@@ -12,9 +12,9 @@ def top_norms(tensors: list[Numbers], top: int) -> list[Numbers]:
     """A model's norms ranked by largest gain, then 99.9th percentile, then mean."""
     norms = [tensor for tensor in tensors if "gain" in tensor]
     norms.sort(key=lambda t: (t["gain"]["max"], t["gain"]["p999"], t["gain"]["mean"]), reverse=True)
-    shown = ("max", "p999", "mean", "min", "channel")
+    columns = ("max", "p999", "mean", "min", "channel")
     return [
-        {"tensor": t["tensor"], **{key: t["gain"][key] for key in shown}, "change": t.get("max_change")}
+        {"tensor": t["tensor"], **{key: t["gain"][key] for key in columns}, "change": t.get("max_change")}
         for t in norms[:top]
     ]
 
@@ -52,71 +52,80 @@ def top_errors(tensors: list[Numbers], top: int) -> list[Numbers]:
     ]
 
 
-def layer_rows(seen: Numbers) -> list[Numbers]:
-    """The residual stream by layer: its peak and where, and the first token's part."""
+def layer_rows(activations: Numbers) -> list[Numbers]:
+    """The residual stream by layer: its peak with token and channel, and how much the first token is a sink."""
     rows = []
-    for one in seen["layers"]:
-        peak = max(one["middle"], one["output"], key=lambda place: place["value"])
+    for layer in activations["layers"]:
+        peak = max(layer["middle"], layer["output"], key=lambda peak: peak["value"])
         rows.append({
-            "layer": one["layer"],
+            "layer": layer["layer"],
             "peak": peak["value"],
             "float16 has room for": f"{FLOAT16_MAX / max(peak['value'], 1e-9):.3g}x",
             "float8 (448)": f"{FLOAT8_MAX / max(peak['value'], 1e-9):.3g}x",
             "token": f"`{peak['token']!r}` at {peak['position']}",
             "channel": peak["channel"],
-            "attention to the first token": f"{one['sink_mass']:.1%}",
-            "its norm over the median": f"{one['sink_norm']:.1f}x",
+            "attention to the first token": f"{layer['sink_mass']:.1%}",
+            "its norm over the median": f"{layer['sink_norm']:.1f}x",
         })  # fmt: skip
     return rows
 
 
-def growth_rows(judged: dict[str, Numbers]) -> list[Numbers]:
-    """Each model that has its base here: what its outliers were there, what they are, and whether that is more."""
+def growth_rows(verdicts: dict[str, Numbers]) -> list[Numbers]:
+    """The outliers of each model whose base was audited too, in the base and in the model."""
     rows = []
-    for name, said in judged.items():
-        if "inherited" in said:
-            grown = said["inherited"]
-            row: Numbers = {"model": name, "base": grown["base"]}
-            for what, ratio in grown["ratios"].items():
-                numbers = f"{grown['before'][what]:.4g} to {grown['now'][what]:.4g} ({grew(ratio)})"
-                row[what.replace("_", " ")] = numbers
-            rows.append({**row, "amplified": "yes" if grown["amplified"] else "no"})
+    for name, verdict in verdicts.items():
+        if "inherited" in verdict:
+            comparison = verdict["inherited"]
+            row: Numbers = {"model": name, "base": comparison["base"]}
+            for key, ratio in comparison["ratios"].items():
+                before, after = comparison["before"][key], comparison["now"][key]
+                row[key.replace("_", " ")] = f"{before:.4g} to {after:.4g} ({growth_text(ratio)})"
+            rows.append({**row, "amplified": "yes" if comparison["amplified"] else "no"})
     return rows
+
+
+def target_rows(targets: dict[str, Numbers]) -> list[Numbers]:
+    """The verdict of one model by target."""
+    return [
+        {
+            "target": name,
+            "deployed as": assessment["title"],
+            "verdict": assessment["verdict"],
+            **{key: "; ".join(assessment[key]) for key in ("because", "do")},
+        }
+        for name, assessment in targets.items()
+    ]
 
 
 def page(
     models: dict[str, list[Numbers]],
-    observed: dict[str, Numbers],
-    judged: dict[str, Numbers],
-    told: list[str],
+    activations: dict[str, Numbers],
+    verdicts: dict[str, Numbers],
+    sentences: list[str],
     top: int,
 ) -> str:
     """Markdown: the verdict by target, the pictures, and for each model what stands out."""
-    parts = ["# Outliers", "", *[f"- {sentence}" for sentence in told], ""]
-    if grown := growth_rows(judged):
-        parts += ["## Inherited or amplified", "", table(grown), ""]
-    for name, said in judged.items():
-        parts += [f"## {name}: where it is safe", ""]
-        parts += [table([
-            {"target": target, "verdict": one["verdict"], **{key: "; ".join(one[key]) for key in ("because", "do")}}
-            for target, one in said["targets"].items()
-        ]), ""]  # fmt: skip
-        if said["outcomes"]:
-            rows = [{"tried": what, **outcome} for what, outcome in said["outcomes"].items()]
+    parts = ["# Outliers", "", *[f"- {sentence}" for sentence in sentences], ""]
+    if growths := growth_rows(verdicts):
+        parts += ["## Inherited or amplified", "", table(growths), ""]
+    for name, verdict in verdicts.items():
+        parts += [f"## {name}: where it is safe", "", table(target_rows(verdict["targets"])), ""]
+        if verdict["outcomes"]:
+            rows = [{"tried": trial, **outcome} for trial, outcome in verdict["outcomes"].items()]
             parts += ["Tried on held-out rows, against the model in float32:", "", table(rows), ""]
     parts += ["## Pictures", "", "![Norm gains by layer](norms.png)", "", "![Histogram of gains](gains.png)", ""]
     parts += ["![Layers by matrix](tensors.png)", ""]
-    parts += ["![Headroom of the residual stream](stream.png)", ""] if observed else []
+    parts += ["![Headroom of the residual stream](stream.png)", ""] if activations else []
     for name, tensors in models.items():
         parts += [f"## {name}", "", "Norms, as the value that multiplies:", "", table(top_norms(tensors, top)), ""]
         parts += ["Relative error of each format, worst matrices first:", "", table(top_errors(tensors, top)), ""]
-        if name in observed:
-            parts += ["The residual stream on calibration rows:", "", table(layer_rows(observed[name])), ""]
+        if name in activations:
+            parts += ["The residual stream on calibration rows:", "", table(layer_rows(activations[name])), ""]
     return "\n".join(parts)
 
 
 def table(rows: list[Numbers]) -> str:
-    """Rows as a markdown table; numbers with four digits, nothing as a dash."""
+    """Rows as a markdown table; numbers with four digits, None as a dash."""
     if not rows:
         return "(none)"
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]

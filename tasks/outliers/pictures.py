@@ -1,6 +1,6 @@
-"""The pictures of the outlier report: gains by layer and as a histogram, layers by tensor, headroom of the stream.
+"""Draws the audit's pictures: gains by layer and as a histogram, layers by matrix, the stream's headroom.
 
-Figures are laid out by hand and drawn without pyplot: a report costs seconds otherwise.
+Margins are set by hand and pyplot is not used: automatic layout costs seconds a report.
 """
 
 from pathlib import Path
@@ -11,20 +11,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from tasks.engine.models.norms import layer, role
+from tasks.engine.models.tensor_names import layer_index, name_in_layer
 from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
 Tensors = dict[str, list[dict[str, Any]]]
-Observed = dict[str, dict[str, Any]]
+Activations = dict[str, dict[str, Any]]
 
 
-def draw_all(models: Tensors, observed: Observed, directory: Path) -> None:
+def draw_all(models: Tensors, activations: Activations, directory: Path) -> None:
     """Every picture that the numbers allow, into `directory`."""
     draw_norms(models, directory / "norms.png")
     draw_gains(models, directory / "gains.png")
     draw_tensors(models, directory / "tensors.png")
-    if observed:
-        draw_stream(observed, directory / "stream.png")
+    if activations:
+        draw_stream(activations, directory / "stream.png")
 
 
 def draw_norms(models: Tensors, path: Path) -> None:
@@ -34,12 +34,13 @@ def draw_norms(models: Tensors, path: Path) -> None:
     for axis, (name, tensors) in zip(axes[0], models.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for tensor in tensors:
-            number = layer(tensor["tensor"])
+            number = layer_index(tensor["tensor"])
             if "gain" in tensor and number is not None:
-                lines.setdefault(role(tensor["tensor"]), []).append((number, tensor["gain"]["max"]))
+                lines.setdefault(name_in_layer(tensor["tensor"]), []).append((number, tensor["gain"]["max"]))
         for label, points in sorted(lines.items()):
             axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
         axis.set(title=f"{name}: largest norm gain by layer", xlabel="layer")
+        _integer_ticks(axis.xaxis)
         _logarithmic(axis.yaxis)
         axis.grid(alpha=0.3)
         if lines:
@@ -50,7 +51,7 @@ def draw_norms(models: Tensors, path: Path) -> None:
 
 
 def draw_gains(models: Tensors, path: Path) -> None:
-    """How many gains of all norms lie where, one line a model, both axes logarithmic."""
+    """Histogram of the gains of all norms, one line a model, both axes logarithmic."""
     figure = Figure(figsize=(9, 4.5))
     axis = figure.subplots()
     edges = np.logspace(-8, 16, 49, base=2)
@@ -69,18 +70,19 @@ def draw_gains(models: Tensors, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_stream(observed: Observed, path: Path) -> None:
+def draw_stream(activations: Activations, path: Path) -> None:
     """The largest magnitude in the residual stream by layer, one line a model, against what 16 and 8 bits can hold."""
     figure = Figure(figsize=(9, 5))
     axis = figure.subplots()
-    for name, seen in observed.items():
-        peaks = [max(one["middle"]["value"], one["output"]["value"]) for one in seen["layers"]]
-        layers = [one["layer"] for one in seen["layers"]]
-        axis.plot([-1, *layers], [seen["embedding"]["value"], *peaks], marker="o", markersize=3, label=name)
+    for name, summary in activations.items():
+        peaks = [max(layer["middle"]["value"], layer["output"]["value"]) for layer in summary["layers"]]
+        layers = [layer["layer"] for layer in summary["layers"]]
+        axis.plot([-1, *layers], [summary["embedding"]["value"], *peaks], marker="o", markersize=3, label=name)
     axis.axhline(FLOAT16_MAX, color="crimson", linestyle="--", label="float16 ends: 65504")
     axis.axhline(FLOAT8_MAX, color="darkorange", linestyle=":", label="float8 e4m3 ends: 448")
     axis.set(title="Residual stream: largest magnitude on calibration rows")
     axis.set(xlabel="layer (-1: embedding)", ylabel="largest |activation|")
+    _integer_ticks(axis.xaxis)
     _logarithmic(axis.yaxis)
     axis.grid(alpha=0.3)
     axis.legend(loc="best")
@@ -104,7 +106,11 @@ def draw_tensors(models: Tensors, path: Path) -> None:
 
 
 def _heat_map(axis: Any, title: str, values: dict[str, float]) -> None:
-    inside = {(layer(name), role(name)): value for name, value in values.items() if layer(name) is not None}
+    inside = {
+        (layer_index(name), name_in_layer(name)): value
+        for name, value in values.items()
+        if layer_index(name) is not None
+    }
     layers = sorted({number for number, _ in inside if number is not None})
     roles = sorted({label for _, label in inside})
     grid = np.array([[inside.get((number, label), np.nan) for label in roles] for number in layers])
@@ -113,8 +119,13 @@ def _heat_map(axis: Any, title: str, values: dict[str, float]) -> None:
         return
     image = axis.imshow(grid, aspect="auto", cmap="magma", extent=(-0.5, len(roles) - 0.5, layers[-1] + 0.5, -0.5))
     axis.set_xticks(range(len(roles)), roles, rotation=30, ha="right", fontsize=8)
-    axis.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    _integer_ticks(axis.yaxis)
     axis.figure.colorbar(image, ax=axis, pad=0.02)
+
+
+def _integer_ticks(axis: Any) -> None:
+    """Ticks at whole layer numbers."""
+    axis.set_major_locator(MaxNLocator(12, integer=True))
 
 
 def _logarithmic(axis: Any) -> None:

@@ -1,4 +1,4 @@
-"""Walks the weights of any number of models, and their activations where there is a dataset; says what would break.
+"""Audits the weights, and with a dataset the activations, of any number of models for what quantization would break.
 
 python -m tasks.outliers.run config.json --models base=DIR --models student=BASE+ADAPTER [--dataset DIR] --out DIR
 """
@@ -13,15 +13,23 @@ from tasks.core.command import Report, command
 from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.weights.effective import weights
+from tasks.engine.weights.effective import effective_weights
 from tasks.outliers import OutlierConfig
 from tasks.outliers.formats import errors
-from tasks.outliers.inheritance import bases, growth, growth_sentence, sentences, stream_sentences
+from tasks.outliers.inheritance import (
+    bases,
+    growth,
+    growth_sentence,
+    largest_gain,
+    stream_sentences,
+    weight_sentences,
+)
 from tasks.outliers.page import page, top_tensors
-from tasks.outliers.peaks import rescale_needed
-from tasks.outliers.stats import sample
-from tasks.outliers.targets import TARGETS, judge
-from tasks.outliers.weight_walk import one_thread, walk
+from tasks.outliers.peaks import rescale_factor
+from tasks.outliers.target_rules import assess
+from tasks.outliers.targets import TARGETS, Evidence
+from tasks.outliers.tensor_statistics import sample
+from tasks.outliers.weight_walk import single_thread, walk
 
 Numbers = dict[str, Any]
 
@@ -32,82 +40,102 @@ def find_outliers(
     """Writes `weights.json`, `verdict.json`, a report, and with a dataset `activations.json` and `imatrix.gguf`."""
     if not models:
         raise BadConfig("no models to look at: give --models NAME=DIR")
-    origins = bases(models)
-    seen: dict[object, Numbers] = {}
-    found: dict[str, list[Numbers]] = {}
-    drawing = Thread(target=import_module, args=("tasks.outliers.pictures",))
-    drawing.start()  # half a second of imports, while weights are read
-    with one_thread():
+    base_of = bases(models)
+    pictures = Thread(target=import_module, args=("tasks.outliers.pictures",))
+    pictures.start()  # half a second of imports, while weights are read
+    tensors: dict[str, list[Numbers]] = {}
+    cache: dict[object, Numbers] = {}
+    with single_thread():
         for name, model in models.items():
-            found[name] = walk(config, name, model, origins.get(name), seen, job)
+            tensors[name] = walk(config, name, model, base_of.get(name), cache, job)
     focus = config.focus if config.focus in models else list(models)[-1]
-    observed: dict[str, Numbers] = {}
-    outcomes: dict[str, Numbers] = {}
+    activations: dict[str, Numbers] = {}
+    trials: dict[str, Numbers] = {}
     if dataset is not None and config.calibration_rows:
         from tasks.outliers.forward_pass import observe_model  # noqa: PLC0415 - transformers only where models run
 
         for name, model in models.items():
-            saw = observe_model(config, name, model, dataset, out, name == focus, job)
-            observed[name], outcomes[name] = saw.summary, saw.outcomes
+            observed = observe_model(config, name, model, dataset, out, name == focus, job)
+            activations[name], trials[name] = observed.summary, observed.trials
             if name == focus:
-                _weigh(config, model, found[name], saw.seen.linears)
-    judged = {
-        name: _verdict(config, tensors, observed.get(name), outcomes.get(name, {})) for name, tensors in found.items()
+                _add_output_errors(config, model, tensors[name], observed.statistics.linears)
+    verdicts = {
+        name: _verdict(config, numbers, activations.get(name), trials.get(name, {}))
+        for name, numbers in tensors.items()
     }
-    told = [one for name, tensors in found.items() for one in sentences(name, tensors, config.large_gain)]
-    told += stream_sentences(observed)
-    for name, origin in origins.items():
-        base = next((one for one in models if models[one] == origin), None)
+    sentences = [
+        sentence for name, numbers in tensors.items() for sentence in weight_sentences(name, numbers, config.large_gain)
+    ]
+    sentences += stream_sentences(activations)
+    for name, directory in base_of.items():
+        base = next((other for other in models if models[other] == directory), None)
         if base is not None:
-            judged[name]["inherited"] = growth(base, found[name], found[base], observed.get(name), observed.get(base))
-            told.append(growth_sentence(name, judged[name]["inherited"]))
-    verdict = {"format": 1, "focus": focus, "models": judged, "sentences": told}
-    for sentence in told:
+            comparison = growth(base, tensors[name], tensors[base], activations.get(name), activations.get(base))
+            verdicts[name]["inherited"] = comparison
+            sentences.append(growth_sentence(name, comparison))
+    for sentence in sentences:
         job.log(sentence)
-    _write(out / "weights.json", {"models": found})
-    _write(out / "activations.json", {"models": observed})
-    _write(out / "verdict.json", verdict)
+    _write(out / "weights.json", {"models": tensors})
+    _write(out / "activations.json", {"models": activations})
+    _write(out / "verdict.json", {"format": 1, "focus": focus, "models": verdicts, "sentences": sentences})
     report = out / "report"
     report.mkdir()
-    drawing.join()
-    import_module("tasks.outliers.pictures").draw_all(found, observed, report)
-    (report / "outliers.md").write_text(page(found, observed, judged, told, config.top), encoding="utf-8")
-    metrics = {
-        f"{name}_{key}": value for name in found for key, value in _headline(found[name], observed.get(name)).items()
-    }
-    return Report(
-        facts={key: value for key, value in metrics.items() if key.endswith(("largest_gain", "stream_peak"))}
-        | {f"{target}": judged[focus]["targets"][target]["verdict"] for target in TARGETS},
-        metrics=metrics,
-        warnings=[sentence for sentence in told if sentence.endswith("do not use it")],
-        details={
-            "verdict": told,
-            "table": [row for name, tensors in found.items() for row in top_tensors(name, tensors, config.top)],
-            "targets": [row for name in found for row in _target_rows(name, judged[name]["targets"])],
-        },
-    )
+    pictures.join()
+    import_module("tasks.outliers.pictures").draw_all(tensors, activations, report)
+    (report / "outliers.md").write_text(page(tensors, activations, verdicts, sentences, config.top), encoding="utf-8")
+    return _report(config, focus, tensors, activations, verdicts, sentences)
 
 
-def _weigh(config: OutlierConfig, model: ModelDir, tensors: list[Numbers], linears: dict[str, Any]) -> None:
-    """Adds to each observed matrix what a format would do to its output, channels weighed by what flows into them."""
+def _add_output_errors(config: OutlierConfig, model: ModelDir, tensors: list[Numbers], linears: dict[str, Any]) -> None:
+    """Adds each format's error in every linear layer's output: channels weighed by their inputs' mean square."""
     numbers = {tensor["tensor"]: tensor for tensor in tensors}
-    for weight in weights(model):
+    for weight in effective_weights(model):
         channels = linears.get(weight.name.removesuffix(".weight"))
         if channels is not None and config.sample_values:
             rows = sample(weight, config.sample_values)
             numbers[weight.name]["output_error"] = errors(rows, channels.mean_squares)
 
 
-def _verdict(config: OutlierConfig, tensors: list[Numbers], seen: Numbers | None, outcomes: Numbers) -> Numbers:
+def _verdict(config: OutlierConfig, tensors: list[Numbers], activations: Numbers | None, trials: Numbers) -> Numbers:
+    """One model's part of `verdict.json`."""
     weighed = [tensor for tensor in tensors if "q4_0" in tensor.get("output_error", {})]
     weighed.sort(key=lambda tensor: -tensor["output_error"]["q4_0"])
+    rows = activations["rows"] if activations else 0
     return {
-        "seen": {"weights": True, "activations": seen is not None, "rows": seen["rows"] if seen else 0},
-        "targets": judge(tensors, seen, outcomes, config.margin),
-        "rescale": rescale_needed(seen, config.margin) if seen else None,
-        "outcomes": outcomes,
-        "sensitive": [{"tensor": one["tensor"], "output_error": one["output_error"]} for one in weighed[: config.top]],
+        "seen": {"weights": True, "activations": activations is not None, "rows": rows},
+        "targets": assess(Evidence(tensors, activations, trials, config.margin)),
+        "rescale": rescale_factor(activations, config.margin) if activations else None,
+        "outcomes": trials,
+        "sensitive": [
+            {"tensor": tensor["tensor"], "output_error": tensor["output_error"]} for tensor in weighed[: config.top]
+        ],
     }
+
+
+def _report(
+    config: OutlierConfig,
+    focus: str,
+    tensors: dict[str, list[Numbers]],
+    activations: dict[str, Numbers],
+    verdicts: dict[str, Numbers],
+    sentences: list[str],
+) -> Report:
+    metrics = {
+        f"{name}_{key}": value
+        for name, numbers in tensors.items()
+        for key, value in _headline(numbers, activations.get(name)).items()
+    }
+    return Report(
+        facts={key: value for key, value in metrics.items() if key.endswith(("largest_gain", "stream_peak"))}
+        | {target: verdicts[focus]["targets"][target]["verdict"] for target in TARGETS},
+        metrics=metrics,
+        warnings=[sentence for sentence in sentences if sentence.endswith("do not use it")],
+        details={
+            "verdict": sentences,
+            "table": [row for name, numbers in tensors.items() for row in top_tensors(name, numbers, config.top)],
+            "targets": [row for name in tensors for row in _target_rows(name, verdicts[name]["targets"])],
+        },
+    )
 
 
 def _target_rows(name: str, targets: dict[str, Numbers]) -> list[Numbers]:
@@ -115,24 +143,24 @@ def _target_rows(name: str, targets: dict[str, Numbers]) -> list[Numbers]:
         {
             "model": name,
             "target": target,
-            "verdict": said["verdict"],
-            "because": "; ".join(said["because"]),
-            "do": "; ".join(said["do"]),
+            "verdict": assessment["verdict"],
+            "because": "; ".join(assessment["because"]),
+            "do": "; ".join(assessment["do"]),
         }
-        for target, said in targets.items()
+        for target, assessment in targets.items()
     ]
 
 
-def _headline(tensors: list[Numbers], seen: Numbers | None) -> dict[str, float]:
-    gains = [tensor["gain"]["max"] for tensor in tensors if "gain" in tensor]
+def _headline(tensors: list[Numbers], activations: Numbers | None) -> dict[str, float]:
+    """A model's numbers for MLflow."""
     q4_0 = [tensor["error"]["q4_0"] for tensor in tensors if "q4_0" in tensor.get("error", {})]
-    found = {
-        "largest_gain": max(gains, default=0.0),
+    numbers = {
+        "largest_gain": largest_gain(tensors),
         "largest_weight": max(tensor["max"] for tensor in tensors),
         "worst_q4_0_error": max(q4_0, default=0.0),
         "not_finite": float(sum(tensor["nan"] + tensor["inf"] for tensor in tensors)),
     }
-    return found | ({"stream_peak": seen["stream_peak"]} if seen else {})
+    return numbers | ({"stream_peak": activations["stream_peak"]} if activations else {})
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,6 +1,6 @@
-"""What a target does to the model, tried on held-out answers: other dtypes, remedies, int8 activations, AWQ's fold.
+"""Trials of a changed model on held-out answers: other dtypes, rescale, clip, int8 activations, AWQ's fold.
 
-Everything is compared with the model in float32 (`tasks.engine.compare.changed_model` says how).
+Each is compared with the model in float32, teacher forced (`tasks.engine.compare.changed_model`).
 """
 
 import copy
@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from tasks.core.job import Job
 from tasks.engine.compare.agreement import answer_logits
-from tasks.engine.compare.changed_model import trial
+from tasks.engine.compare.changed_model import compare_answers
 from tasks.engine.data.chat_template import Example
-from tasks.engine.models.norms import adds_one, is_norm
-from tasks.engine.weights.rescale import changes
-from tasks.outliers.layer_statistics import Activations
+from tasks.engine.models.tensor_names import gain_offset, is_norm
+from tasks.engine.weights.rescale import rescaling_factors
+from tasks.outliers.activation_statistics import ActivationStatistics
+from tasks.outliers.targets import AWQ_FOLD, NAIVE_AWQ_FOLD, STATIC_INT8, TOKEN_INT8
 
 Outcome = dict[str, float]
 # Norms and the linear layers that read them: what AWQ scales together. Gemma 2 and 3, then pre-norm blocks.
@@ -29,32 +30,33 @@ FOLD_STRENGTH = 0.5  # AWQ searches 0 to 1 (arXiv 2306.00978); the middle is eno
 
 
 def simulate(
-    model: PreTrainedModel, examples: list[Example], seen: Activations, base: Path, k: float | None,
+    model: PreTrainedModel, examples: list[Example], statistics: ActivationStatistics, base: Path, k: float | None,
     percentile: float, job: Job,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Outcomes by name for a model in float32; `k` is the rescale to try, None where there is nothing to rescale."""
-    plans: dict[str, Callable[[PreTrainedModel], object]] = {
-        "float32": lambda other: other,
-        "bfloat16": lambda other: cast_to(other, torch.bfloat16),
-        "float16": lambda other: cast_to(other, torch.float16),
-        "clipped float32": lambda other: clip(other, base, percentile),
-        "int8 activations, scale a tensor": lambda other: int8_inputs(other, seen),
-        "int8 activations, scale a token": lambda other: int8_inputs(other, None),
+    """Outcomes by trial for a model in float32; `k` is the rescale factor to try, None where none is needed."""
+    changes_by_trial: dict[str, Callable[[PreTrainedModel], object]] = {
+        "float32": lambda variant: variant,
+        "bfloat16": lambda variant: cast_to(variant, torch.bfloat16),
+        "float16": lambda variant: cast_to(variant, torch.float16),
+        "clipped float32": lambda variant: clip(variant, base, percentile),
+        STATIC_INT8: lambda variant: int8_inputs(variant, statistics),
+        TOKEN_INT8: lambda variant: int8_inputs(variant, None),
     }
     if k is not None:
-        plans["rescaled float32"] = lambda other: rescale(other, base, k)
-        plans["rescaled bfloat16"] = lambda other: cast_to(rescale(other, base, k), torch.bfloat16)
-        plans["rescaled float16"] = lambda other: cast_to(rescale(other, base, k), torch.float16)
-    if any(is_norm(name, (1,)) and adds_one(base, name) for name, _ in model.named_parameters()):
-        plans["awq fold (1+w)/s-1"] = lambda other: fold(other, seen, base, right=True)
-        plans["awq fold w/s"] = lambda other: fold(other, seen, base, right=False)
+        changes_by_trial["rescaled float32"] = lambda variant: rescale(variant, base, k)
+        changes_by_trial["rescaled bfloat16"] = lambda variant: cast_to(rescale(variant, base, k), torch.bfloat16)
+        changes_by_trial["rescaled float16"] = lambda variant: cast_to(rescale(variant, base, k), torch.float16)
+    if any(is_norm(name, (1,)) and gain_offset(base, name) for name, _ in model.named_parameters()):
+        changes_by_trial[AWQ_FOLD] = lambda variant: awq_fold(variant, statistics, base)
+        changes_by_trial[NAIVE_AWQ_FOLD] = lambda variant: awq_fold(variant, statistics, base, naive=True)
     reference = [answer_logits(model, example) for example in examples]
     outcomes = {}
-    for number, (name, change) in enumerate(plans.items()):
-        other = copy.deepcopy(model)
-        change(other)
-        outcomes[name] = trial(other, examples, reference)
-        job.progress(number + 1, len(plans), "variants", f"{name}: mean KL {outcomes[name]['mean_kl']:.2g}")
+    for number, (name, change) in enumerate(changes_by_trial.items()):
+        variant = copy.deepcopy(model)
+        change(variant)
+        outcomes[name] = compare_answers(variant, examples, reference)
+        progress = f"{name}: mean KL {outcomes[name]['mean_kl']:.2g}"
+        job.progress(number + 1, len(changes_by_trial), "variants", progress)
     return outcomes
 
 
@@ -65,32 +67,33 @@ def cast_to(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def rescale(model: PreTrainedModel, base: Path, k: float) -> PreTrainedModel:
-    """The residual stream times `k` in a model in memory; the same change as
-    `tasks.engine.weights.rescale.rescaled`."""
+    """Multiplies the residual stream by `k` in memory, as `tasks.engine.weights.rescale` does on disk."""
     parameters = dict(model.named_parameters())
-    for name, change in changes(parameters, base, k).items():
+    for name, change in rescaling_factors(parameters, base, k).items():
         parameters[name].copy_(change(parameters[name].float()))
     return model
 
 
 @torch.no_grad()
 def clip(model: PreTrainedModel, base: Path, percentile: float) -> PreTrainedModel:
-    """Each norm's gains limited to the percentile of their magnitude, as the seeds did."""
+    """Clips each norm's gains at the percentile of their magnitude."""
     for name, parameter in model.named_parameters():
         if is_norm(name, tuple(parameter.shape)):
-            one = float(adds_one(base, name))
-            gains = parameter.double() + one
+            offset = float(gain_offset(base, name))
+            gains = parameter.double() + offset
             limit = gains.abs().quantile(percentile / 100)
-            parameter.copy_((gains.clamp(-limit, limit) - one).float())
+            parameter.copy_((gains.clamp(-limit, limit) - offset).float())
     return model
 
 
-def int8_inputs(model: PreTrainedModel, seen: Activations | None) -> None:
-    """Every linear layer's input in 8 bits: one scale from calibration, or with `seen` None one for each token."""
+def int8_inputs(model: PreTrainedModel, calibration: ActivationStatistics | None) -> None:
+    """Rounds every linear layer's input to 8 bits: one scale a layer from `calibration`, or without it one a token."""
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or (seen and name not in seen.linears) or name.endswith("lm_head"):
+        if not isinstance(module, nn.Linear) or name.endswith("lm_head"):
             continue
-        largest = seen.linears[name].maxima.max() if seen else None
+        if calibration and name not in calibration.linears:
+            continue
+        largest = calibration.linears[name].maxima.max() if calibration else None
         module.register_forward_pre_hook(_rounding(largest))
 
 
@@ -105,11 +108,11 @@ def _rounding(largest: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel, seen: Activations, base: Path, right: bool) -> None:
-    """AWQ's scales moved from the inputs into the norm before them, and out of it into the weights.
+def awq_fold(model: PreTrainedModel, statistics: ActivationStatistics, base: Path, naive: bool = False) -> None:
+    """Divides each norm by AWQ's scales s and multiplies the weights that read it by them (arXiv 2306.00978).
 
-    The product stays when the gain is divided: w' = (1 + w) / s - 1. Dividing w, as for a norm that multiplies by w,
-    gives another model (vllm-project/llm-compressor#2102).
+    The product stays when the gain is divided: w' = (1 + w) / s - 1. `naive` divides w, as is right for a norm that
+    multiplies by w; where it multiplies by 1 + w that changes the model (vllm-project/llm-compressor#2102).
     """
     modules = dict(model.named_modules())
     for name in list(modules):
@@ -117,13 +120,13 @@ def fold(model: PreTrainedModel, seen: Activations, base: Path, right: bool) -> 
             if not name.endswith("." + norm):
                 continue
             layer = name.removesuffix("." + norm)
-            found = [f"{layer}.{reader}" for reader in readers if f"{layer}.{reader}" in seen.linears]
-            if not found:
+            linears = [f"{layer}.{reader}" for reader in readers if f"{layer}.{reader}" in statistics.linears]
+            if not linears:
                 continue
-            strength = seen.linears[found[0]].mean_squares.sqrt().clamp(min=1e-6).pow(FOLD_STRENGTH)
+            strength = statistics.linears[linears[0]].mean_squares.sqrt().clamp(min=1e-6).pow(FOLD_STRENGTH)
             scale = (strength / (strength.max() * strength.min()).sqrt()).to(modules[name].weight)
             weight = modules[name].weight
-            one = float(right and adds_one(base, f"{name}.weight"))
-            weight.copy_((weight + one) / scale - one)
-            for reader in found:
-                modules[reader].weight.mul_(scale)
+            offset = float(not naive and gain_offset(base, f"{name}.weight"))
+            weight.copy_((weight + offset) / scale - offset)
+            for linear in linears:
+                modules[linear].weight.mul_(scale)

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from prefect import task
 
 from tasks.core.refs import AnyModel, DatasetRef, ReportRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.shell import run_stage
 from tasks.outliers import OutlierConfig
 
 
-@task(name="find-outliers", **TASK)
+@task(name="find-outliers", **TASK_OPTIONS)
 def find_outliers(
     config: OutlierConfig, models: Mapping[str, AnyModel], dataset: DatasetRef | None = None
 ) -> ReportRef:

@@ -1,4 +1,4 @@
-"""The weights of one model, walked tensor by tensor: numbers of each, what changed against its base, norms as gains."""
+"""Walks a model's weights tensor by tensor: statistics of each, its change from the base, and norms as gains."""
 
 import os
 from collections.abc import Iterator
@@ -11,19 +11,21 @@ import torch
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.models.norms import adds_one, is_norm
-from tasks.engine.weights.effective import Weight, weights
+from tasks.engine.models.tensor_names import gain_offset, is_norm
+from tasks.engine.weights.effective import Weight, effective_weights
 from tasks.outliers import OutlierConfig
 from tasks.outliers.inheritance import base_weights, change
-from tasks.outliers.stats import describe, gain, rounding
+from tasks.outliers.tensor_statistics import describe, gain, rounding
 
 Numbers = dict[str, Any]
-WORKERS = 8  # at most: each holds some pieces of a tensor
+MAX_WORKERS = 8  # each holds some chunks of a tensor
+MODEL_SPECIFIC = ("changed", "max_change", "relative_change", "base_gain", "gain", "rounding", "adds_one")
+"""What two models that store the same bytes may differ in."""
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: tensors share the cores instead, and pieces are as small as a core's cache."""
+def single_thread() -> Iterator[None]:
+    """Runs torch's operations on one thread each: the walk's threads share the cores, a chunk fits a core's cache."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -33,40 +35,39 @@ def one_thread() -> Iterator[None]:
 
 
 def walk(
-    config: OutlierConfig, name: str, model: ModelDir, base: ModelDir | None, seen: dict[object, Numbers], job: Job
+    config: OutlierConfig, name: str, model: ModelDir, base: ModelDir | None, cache: dict[object, Numbers], job: Job
 ) -> list[Numbers]:
-    """One model's numbers, tensor by tensor; what another model has from the same bytes is not computed again."""
-    theirs = base_weights(base) if base is not None else {}
-    mine = list(weights(model))
+    """Statistics of one model's tensors in name order; `cache` shares those of models that store the same bytes."""
+    base_tensors = base_weights(base) if base is not None else {}
+    model_tensors = list(effective_weights(model))
 
-    def look(weight: Weight) -> Numbers:
-        known = None if weight.changed else seen.get(weight.stored)
-        numbers = known or describe(weight, config.sigmas, config.sample_values)
+    def tensor_numbers(weight: Weight) -> Numbers:
+        cached = None if weight.changed else cache.get(weight.stored)
+        numbers = cached or describe(weight, config.sigmas, config.sample_values)
         numbers = {**numbers, **_norm(model, weight)}
-        if weight.name in theirs:
-            numbers |= change(weight, theirs[weight.name])
-            before = _norm(model, theirs[weight.name])
-            numbers |= {"base_gain": before["gain"]} if before else {}
+        if weight.name in base_tensors:
+            numbers |= change(weight, base_tensors[weight.name])
+            base_norm = _norm(model, base_tensors[weight.name])
+            numbers |= {"base_gain": base_norm["gain"]} if base_norm else {}
         return numbers
 
-    largest_first = sorted(range(len(mine)), key=lambda i: -prod(mine[i].shape))
+    largest_first = sorted(range(len(model_tensors)), key=lambda i: -prod(model_tensors[i].shape))
     tensors: dict[int, Numbers] = {}
-    with ThreadPoolExecutor(min(WORKERS, len(os.sched_getaffinity(0)))) as pool:
-        for i, numbers in zip(largest_first, pool.map(look, [mine[i] for i in largest_first]), strict=True):
+    with ThreadPoolExecutor(min(MAX_WORKERS, len(os.sched_getaffinity(0)))) as pool:
+        for i, numbers in zip(
+            largest_first, pool.map(tensor_numbers, [model_tensors[i] for i in largest_first]), strict=True
+        ):
             tensors[i] = numbers
-            job.progress(len(tensors), len(mine), "tensors", name)
-    for i, weight in enumerate(mine):
+            job.progress(len(tensors), len(model_tensors), "tensors", name)
+    for i, weight in enumerate(model_tensors):
         if not weight.changed:
-            seen[weight.stored] = {k: v for k, v in tensors[i].items() if k not in CHANGES}
-    return [tensors[i] for i in range(len(mine))]
-
-
-CHANGES = ("changed", "max_change", "relative_change", "base_gain", "gain", "rounding", "adds_one")
+            cache[weight.stored] = {key: value for key, value in tensors[i].items() if key not in MODEL_SPECIFIC}
+    return [tensors[i] for i in range(len(model_tensors))]
 
 
 def _norm(model: ModelDir, weight: Weight) -> Numbers:
     if not is_norm(weight.name, weight.shape):
         return {}
-    one = adds_one(model.base, weight.name)
+    unit_offset = gain_offset(model.base, weight.name)
     values = weight.rows()
-    return {"gain": gain(values, one), "rounding": rounding(values, one), "adds_one": one}
+    return {"gain": gain(values, unit_offset), "rounding": rounding(values, unit_offset), "adds_one": unit_offset}

@@ -1,4 +1,4 @@
-"""The outlier stage against numpy, gguf-py, transformers' own norms, and a model with a planted outlier."""
+"""The audit's numbers against numpy, gguf-py and transformers' norms, and its report on a model with a large gain."""
 
 import json
 import subprocess
@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.models.norms import ADD_ONE, adds_one, is_norm, layer, role
+from tasks.engine.models.tensor_names import ADD_ONE, gain_offset, is_norm, layer_index, name_in_layer
 from tasks.engine.runtimes.ggml import round_trip, to_type
 from tasks.engine.weights.effective import Weight
 from tasks.engine.weights.safetensors_reader import stored_tensors
 from tasks.outliers import OutlierConfig
-from tasks.outliers.formats import NF4, becomes, errors
+from tasks.outliers.formats import NF4, actual_type, errors
 from tasks.outliers.inheritance import bases
 from tasks.outliers.run import find_outliers
-from tasks.outliers.stats import describe, gain, rounding, sample
+from tasks.outliers.tensor_statistics import describe, gain, rounding, sample
 from tests.engine.weights.test_effective import adapter_of
 from tests.pico import pico_model
 
@@ -65,7 +65,7 @@ def test_numbers_are_numpys(dtype: torch.dtype, tmp_path: Path) -> None:
     assert numbers["worst_column"]["over_median"] > 20
 
 
-def test_not_finite_values_are_counted_apart(tmp_path: Path) -> None:
+def test_not_finite_values_are_only_counted(tmp_path: Path) -> None:
     tensor = torch.ones(4, 32)
     tensor[0, 0], tensor[1, 1], tensor[2, 2] = float("nan"), float("inf"), -float("inf")
     numbers = describe(weight_of(tensor, tmp_path), sigmas=6, sample_values=0)
@@ -95,23 +95,27 @@ def packed_by_ggml(kind: str, rows: torch.Tensor) -> np.ndarray:
 def test_the_other_formats_by_their_definitions() -> None:
     torch.manual_seed(0)
     rows = torch.randn(64, 128)
-    found = errors(rows)
-    assert set(found) == {"q8_0", "q4_0", "q4_k", "q6_k", "nf4", "int8"}
+    relative = errors(rows)
+    assert set(relative) == {"q8_0", "q4_0", "q4_k", "q6_k", "nf4", "int8"}
     steps = rows.abs().amax(1, keepdim=True) / 127
     expected = ((rows / steps).round() * steps - rows).square().mean().sqrt() / rows.square().mean().sqrt()
-    assert found["int8"] == pytest.approx(float(expected), rel=1e-5)
+    assert relative["int8"] == pytest.approx(float(expected), rel=1e-5)
     blocks = rows.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = NF4[(blocks / scale)[..., None].sub(NF4).abs().argmin(-1)] * scale
     expected = (nearest - blocks).square().mean().sqrt() / rows.square().mean().sqrt()
-    assert found["nf4"] == pytest.approx(float(expected), rel=1e-5)
-    assert found["q8_0"] < found["int8"] < found["q4_k"] < found["q4_0"] < 0.1
-    assert becomes("Q4_K", 128) == "Q5_0" and becomes("Q6_K", 640) == "Q8_0" and becomes("Q4_K", 2048) == "Q4_K"
+    assert relative["nf4"] == pytest.approx(float(expected), rel=1e-5)
+    assert relative["q8_0"] < relative["int8"] < relative["q4_k"] < relative["q4_0"] < 0.1
+    assert (
+        actual_type("Q4_K", 128) == "Q5_0"
+        and actual_type("Q6_K", 640) == "Q8_0"
+        and actual_type("Q4_K", 2048) == "Q4_K"
+    )
     assert "q4_0" not in errors(torch.randn(64, 40)) and "int8" in errors(torch.randn(64, 40))
 
 
 def test_importance_weighs_channels() -> None:
-    """A channel through which nothing flows costs nothing, however badly a format keeps it."""
+    """The error in a channel whose inputs are zero does not count."""
     torch.manual_seed(0)
     rows, importance = torch.randn(64, 128), torch.ones(128)
     rows[:, 0] *= 100
@@ -123,8 +127,8 @@ def test_importance_weighs_channels() -> None:
 
 def test_the_sample_is_spread_over_the_rows(tmp_path: Path) -> None:
     tensor = torch.arange(1000.0).repeat(32, 1).T.contiguous()
-    taken = sample(weight_of(tensor, tmp_path), 32 * 200)[:, 0]
-    assert len(taken) == 200 and taken[0] == 0 and taken[-1] == 999 and taken.diff().max() < 120
+    column = sample(weight_of(tensor, tmp_path), 32 * 200)[:, 0]
+    assert len(column) == 200 and column[0] == 0 and column[-1] == 999 and column.diff().max() < 120
     assert torch.equal(sample(weight_of(tensor, tmp_path), 10**9), tensor)
 
 
@@ -140,33 +144,33 @@ def test_the_sample_is_spread_over_the_rows(tmp_path: Path) -> None:
         ("qwen3_next", transformers.models.qwen3_next.modeling_qwen3_next.Qwen3NextRMSNorm),
     ],
 )
-def test_who_adds_one_is_what_transformers_computes(model_type: str, norm: type[torch.nn.Module]) -> None:
+def test_gain_offset_equals_transformers(model_type: str, norm: type[torch.nn.Module]) -> None:
     module = norm(4)
     torch.nn.init.zeros_(module.weight)
     passes = bool(module(torch.ones(1, 4)).abs().max() > 0.5)  # with w = 0 only 1 + w lets anything through
     assert (model_type in ADD_ONE) == passes
 
 
-def test_norms_and_their_places(base: Path) -> None:
+def test_norms_by_name_and_gain(base: Path) -> None:
     assert is_norm(PLANTED, (64,)) and not is_norm("model.layers.0.mlp.up_proj.weight", (64, 64))
-    assert (layer(PLANTED), role(PLANTED)) == (1, "post_feedforward_layernorm")
-    assert adds_one(base, PLANTED) and not adds_one(base, "vision_tower.encoder.layers.0.layer_norm1.weight")
-    assert gain(torch.tensor([-3.0, 0.5]), adds_one=True)["max"] == 2.0
-    assert gain(torch.tensor([-3.0, 0.5]), adds_one=False)["max"] == 3.0
-    assert rounding(torch.tensor([-0.999]), adds_one=True)["bfloat16"] == pytest.approx(1.0, rel=1e-3)  # a gain lost
-    assert rounding(torch.tensor([0.001]), adds_one=False)["bfloat16"] < 0.004
+    assert (layer_index(PLANTED), name_in_layer(PLANTED)) == (1, "post_feedforward_layernorm")
+    assert gain_offset(base, PLANTED) and not gain_offset(base, "vision_tower.encoder.layers.0.layer_norm1.weight")
+    assert gain(torch.tensor([-3.0, 0.5]), unit_offset=True)["max"] == 2.0
+    assert gain(torch.tensor([-3.0, 0.5]), unit_offset=False)["max"] == 3.0
+    assert rounding(torch.tensor([-0.999]), unit_offset=True)["bfloat16"] == pytest.approx(1.0, rel=1e-3)  # a gain lost
+    assert rounding(torch.tensor([0.001]), unit_offset=False)["bfloat16"] < 0.004
 
 
-def test_says_what_was_inherited(base: Path, tmp_path: Path) -> None:
+def test_report_compares_an_adapter_with_its_base(base: Path, tmp_path: Path) -> None:
     student = ModelDir(base, adapter_of(base, tmp_path / "adapter"))
     out = tmp_path / "out"
     out.mkdir()
     report = find_outliers(OutlierConfig(), {"base": ModelDir(base), "student": student}, out, Job(tmp_path / "work"))
     assert report.metrics["student_largest_gain"] == 1657.0  # 1656 in bfloat16, and Gemma's one
-    told = "\n".join(report.details["verdict"])
-    assert f"student's largest norm gain 1657.0 ({PLANTED}) is its base's (unchanged); norms are vectors" in told
-    assert "student changed 21 of 41 tensors and inherited 20 from its base" in told
-    assert "student did not amplify the outliers of its base base: largest norm gain 1657 to 1657 (+0.0%)" in told
+    sentences = "\n".join(report.details["verdict"])
+    assert f"student's largest norm gain 1657.0 ({PLANTED}) is its base's (unchanged); norms are vectors" in sentences
+    assert "student changed 21 of 41 tensors and inherited 20 from its base" in sentences
+    assert "student did not amplify the outliers of its base base: largest norm gain 1657 to 1657 (+0.0%)" in sentences
     assert report.details["table"][0]["tensor"] == PLANTED
     assert set(report.details["table"][0]) == {"model", "tensor", "max", "p999", "mean", "kurtosis"}
     everything = json.loads((out / "weights.json").read_text())["models"]
@@ -176,13 +180,13 @@ def test_says_what_was_inherited(base: Path, tmp_path: Path) -> None:
     assert all((out / "report" / f"{name}.png").stat().st_size > 10_000 for name in ("norms", "tensors", "gains"))
     verdicts = json.loads((out / "verdict.json").read_text())
     assert (verdicts["format"], verdicts["focus"]) == (1, "student")
-    words = {target: one["verdict"] for target, one in verdicts["models"]["student"]["targets"].items()}
+    words = {target: entry["verdict"] for target, entry in verdicts["models"]["student"]["targets"].items()}
     assert words["fp16"] == words["gptq"] == words["int8_activations"] == "unknown"  # no dataset: nothing flowed
     assert words["bf16"] == words["gguf_cpu"] == "safe"
     assert all(row["verdict"] != "unknown" or "give a dataset" in row["because"] for row in report.details["targets"])
 
 
-def test_a_changed_gain_is_told_with_its_growth(base: Path, tmp_path: Path) -> None:
+def test_report_compares_a_full_fine_tune_with_its_base(base: Path, tmp_path: Path) -> None:
     """A full fine-tune has no adapter: its base is the model named before it with the same tensors."""
     tuned = tmp_path / "tuned"
     tuned.mkdir()
@@ -195,17 +199,17 @@ def test_a_changed_gain_is_told_with_its_growth(base: Path, tmp_path: Path) -> N
     assert bases(models) == {"tuned": ModelDir(base)}
     (tmp_path / "out").mkdir()
     report = find_outliers(OutlierConfig(), models, tmp_path / "out", Job(tmp_path / "work"))
-    told = "\n".join(report.details["verdict"])
-    assert f"tuned's largest norm gain 3313.0 ({PLANTED}) was 1657.0 in its base (+99.9%)" in told
-    assert "tuned changed 2 of 41 tensors and inherited 39" in told
+    sentences = "\n".join(report.details["verdict"])
+    assert f"tuned's largest norm gain 3313.0 ({PLANTED}) was 1657.0 in its base (+99.9%)" in sentences
+    assert "tuned changed 2 of 41 tensors and inherited 39" in sentences
     grown = json.loads((tmp_path / "out" / "verdict.json").read_text())["models"]["tuned"]["inherited"]
     assert grown["amplified"] and grown["ratios"]["largest_gain"] == pytest.approx(3313 / 1657)
-    assert "tuned amplified the outliers of its base base: largest norm gain 1657 to 3313 (+99.9%)" in told
+    assert "tuned amplified the outliers of its base base: largest norm gain 1657 to 3313 (+99.9%)" in sentences
     assert report.warnings == ["tuned has NaN in 1 tensors (model.layers.0.mlp.up_proj.weight first): do not use it"]
 
 
 def test_the_command_streams(tmp_path: Path) -> None:
-    """A 400 MB tensor is walked in far less memory than it has."""
+    """A 400 MB tensor is read in far less memory than its size."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "llama"}')

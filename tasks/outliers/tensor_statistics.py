@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 
 from tasks.engine.weights.effective import Weight
-from tasks.outliers.formats import becomes, errors
+from tasks.outliers.formats import actual_type, errors
 
 FLOAT16_MAX = 65504.0
 
 
 def describe(weight: Weight, sigmas: float, sample_values: int) -> dict[str, Any]:
-    """Numbers of a weight in effect; NaN and infinite values are counted and left out of the rest."""
+    """Statistics of a weight with its adapter merged; NaN and infinite values are counted and otherwise left out."""
     carrier = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
     histogram = torch.zeros(1 << 16, dtype=torch.int64)
     row_max = torch.empty(weight.shape[0] if weight.shape else 1)
-    done = 0
     column_max = torch.zeros(math.prod(weight.shape[1:]))
     wide = torch.empty(0, dtype=torch.int32)
+    start = 0
     for rows in weight.chunks():  # 2 million values: counting less at a time spends more on the histogram itself
         chunk = rows if rows.ndim else rows.reshape(1)
         patterns = chunk.to(carrier).view(torch.int16)
         wide = wide if len(wide) >= chunk.numel() else torch.empty(chunk.numel(), dtype=torch.int32)
         bins = wide[: chunk.numel()].copy_(patterns.reshape(-1)).add_(1 << 15)
         histogram += torch.bincount(bins, minlength=1 << 16)
-        row_max[done : done + len(chunk)], columns = _maxima(chunk, patterns)
-        done += len(chunk)
+        row_max[start : start + len(chunk)], columns = _maxima(chunk, patterns)
+        start += len(chunk)
         torch.maximum(column_max, columns, out=column_max)
     largest = float(column_max.max())
     numbers: dict[str, Any] = {
@@ -44,11 +44,11 @@ def describe(weight: Weight, sigmas: float, sample_values: int) -> dict[str, Any
         "float16_headroom": FLOAT16_MAX / largest if largest else None,
     }
     if len(weight.shape) > 1:
-        numbers["worst_row"] = _worst(row_max)
-        numbers["worst_column"] = _worst(column_max)
+        numbers["worst_row"] = _worst_channel(row_max)
+        numbers["worst_column"] = _worst_channel(column_max)
     if len(weight.shape) == 2 and sample_values:
         numbers["error"] = errors(sample(weight, sample_values))
-        numbers["becomes"] = {name: becomes(name.upper(), weight.shape[1]) for name in ("q4_k", "q6_k")}
+        numbers["becomes"] = {name: actual_type(name.upper(), weight.shape[1]) for name in ("q4_k", "q6_k")}
     return numbers
 
 
@@ -63,9 +63,9 @@ def sample(weight: Weight, values: int) -> Tensor:
     return torch.cat([weight.rows(start, start + length) for start in starts]).float().nan_to_num_(0.0, 0.0, 0.0)
 
 
-def gain(values: Tensor, adds_one: bool) -> dict[str, Any]:
-    """A norm's gains, the values that multiply: largest, 99.9th percentile and mean of the magnitude, and smallest."""
-    multiplier = (values.double() + 1 if adds_one else values.double()).abs()
+def gain(values: Tensor, unit_offset: bool) -> dict[str, Any]:
+    """Statistics of a norm's gains, the values that multiply (1 + w with `unit_offset`, else w), as magnitudes."""
+    multiplier = (values.double() + 1 if unit_offset else values.double()).abs()
     return {
         "max": float(multiplier.max()),
         "p999": float(multiplier.quantile(0.999)),
@@ -76,17 +76,17 @@ def gain(values: Tensor, adds_one: bool) -> dict[str, Any]:
     }
 
 
-def rounding(values: Tensor, adds_one: bool) -> dict[str, float]:
+def rounding(values: Tensor, unit_offset: bool) -> dict[str, float]:
     """Relative root-mean-square error of a norm's gains once its weight is stored in 16 bits.
 
     A gain near 0 that is stored as gain - 1 lies near -1, where bfloat16 has steps of 1/256 and float16 of 1/2048.
     """
-    one = float(adds_one)
-    gains = values.double() + one
+    offset = float(unit_offset)
+    gains = values.double() + offset
     energy = float(gains.square().mean())
     return {
         str(dtype).removeprefix("torch."): (
-            float((values.to(dtype).double() + one - gains).nan_to_num(0.0, 1e4, 1e4).square().mean()) / energy
+            float((values.to(dtype).double() + offset - gains).nan_to_num(0.0, 1e4, 1e4).square().mean()) / energy
         ) ** 0.5 if energy else 0.0
         for dtype in (torch.bfloat16, torch.float16)
     }  # fmt: skip
@@ -113,23 +113,23 @@ def _moments(histogram: Tensor, carrier: torch.dtype, sigmas: float) -> dict[str
     """Moments in float64 and percentiles of the magnitude, from counts of bit patterns."""
     present = histogram.nonzero().squeeze(1)
     values, counts = _values(carrier)[present], histogram[present].double()
-    nans, infs = (int(counts[which(values)].sum()) for which in (torch.isnan, torch.isinf))
-    found: dict[str, Any] = {"numbers": int(histogram.sum()), "nan": nans, "inf": infs}
+    nans, infs = (int(counts[is_such(values)].sum()) for is_such in (torch.isnan, torch.isinf))
+    counted: dict[str, Any] = {"numbers": int(histogram.sum()), "nan": nans, "inf": infs}
     if nans or infs:
         values, counts = values[values.isfinite()], counts[values.isfinite()]
     n = float(counts.sum())
     if not n:
-        nothing = dict.fromkeys(("mean", "mean_abs", "std", "p99", "p999", "beyond_sigmas"), 0.0)
-        return {**found, **nothing, "kurtosis": None}
+        zeros = dict.fromkeys(("mean", "mean_abs", "std", "p99", "p999", "beyond_sigmas"), 0.0)
+        return {**counted, **zeros, "kurtosis": None}
     mean = float(values.dot(counts)) / n
     squares = (values - mean).square()
     variance = float(squares.dot(counts)) / n
     fourth = float(squares.square().dot(counts)) / n
     magnitudes, order = values.abs().sort()
-    at = torch.searchsorted(counts[order].cumsum(0), torch.tensor([0.99 * n, 0.999 * n]).double())
-    p99, p999 = magnitudes[at].tolist()
+    ranks = torch.searchsorted(counts[order].cumsum(0), torch.tensor([0.99 * n, 0.999 * n]).double())
+    p99, p999 = magnitudes[ranks].tolist()
     return {
-        **found,
+        **counted,
         "mean": mean,
         "mean_abs": float(values.abs().dot(counts)) / n,
         "std": variance**0.5,
@@ -140,7 +140,7 @@ def _moments(histogram: Tensor, carrier: torch.dtype, sigmas: float) -> dict[str
     }
 
 
-def _worst(maxima: Tensor) -> dict[str, float]:
+def _worst_channel(maxima: Tensor) -> dict[str, float]:
     """The channel with the largest magnitude, and how far it stands above the median channel's."""
     median = float(maxima.median())
     return {
