@@ -1,1 +1,7 @@
-"""What stages that run torch share: loading, chat and labels, losses, the training loop."""
+"""What stages that run torch share, a room a subject: data, models, weights, training, losses, memory, speed ..."""
+
+import logging
+
+# On CPUs with AVX512-BF16, importing bitsandbytes warns that a kernel could not be fetched from the hub. It is not used:
+# 4-bit weights stay as they are stored (tasks.engine.models.load).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
