@@ -6,33 +6,26 @@ from pydantic import Field, model_validator
 
 from tasks.core.config import MoreThan, OnlyWith
 from tasks.core.training_config import TrainingConfig
+from tasks.distill.divergence_config import DISTILLED, DivergenceConfig
 from tasks.distill.teacher_cache import StatesConfig, TeacherPrecision
 
-DISTILLED = OnlyWith("kd_weight", MoreThan(0))
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+LABELLED = OnlyWith("ce_weight", MoreThan(0))
 
 
-class DistillConfig(TrainingConfig):
+class DistillConfig(DivergenceConfig, TrainingConfig):
     """Settings of `distil`: the loss is kd_weight * T^2 * divergence + ce_weight * cross-entropy."""
 
     method: Literal["full", "lora"] = "full"
     """Train all of the student's weights, or adapters."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate: about 5e-5 for all weights, 2e-4 for adapters."""
-    divergence: Annotated[Divergence, DISTILLED] = "forward_kl"
-    """KL(teacher || student), KL(student || teacher), the generalized Jensen-Shannon divergence, or one of the first
-    two against a mixture with the first distribution (DistiLLM)."""
-    jsd_beta: Annotated[float, OnlyWith("divergence", ("jsd",))] = Field(0.5, gt=0, lt=1)
-    """The teacher's share in the mixture of `jsd` (arXiv 2306.13649)."""
-    skew: Annotated[float, OnlyWith("divergence", ("skew_kl", "skew_reverse_kl"))] = Field(0.1, ge=0, lt=1)
-    """That distribution's share in the mixture of `skew_kl` and `skew_reverse_kl` (arXiv 2402.03898)."""
     temperature: Annotated[float, DISTILLED] = Field(2, gt=0, le=100)
     """Softens both distributions; the divergence and its gradient are multiplied by T^2 to keep their size."""
     kd_weight: float = Field(0.7, ge=0)
     """Weight of the divergence from the teacher."""
     ce_weight: float = Field(0.3, ge=0)
     """Weight of the cross-entropy with the labels."""
-    balance: bool = False
+    balance: Annotated[bool, DISTILLED, LABELLED] = False
     """Change both weights, their sum kept, so that weight times gradient norm (`kd_grad_norm`, `ce_grad_norm`, means of
     the last 20 steps) of divergence and cross-entropy stand in the ratio kd_weight : ce_weight."""
     teacher_online: bool = False
@@ -67,6 +60,12 @@ class DistillConfig(TrainingConfig):
     """Keep so many of the tokenizer's pieces and rows of embedding and head; method full only. None keeps all."""
     processes: int = Field(1, ge=1, le=16)
     """GPUs of this host that train together, one process each; `batch_size` is split over them."""
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.kd_weight + self.ce_weight == 0:
+            raise ValueError("kd_weight and ce_weight are both 0, so nothing is learnt: set one of them")
+        return self
 
     @model_validator(mode="after")
     def _whole_students(self) -> Self:

@@ -2,7 +2,7 @@
 
 import torch
 
-from tasks.engine.losses import Mix
+from tasks.engine.losses.loss_mix import LossMix
 from tasks.engine.training.history import WINDOW, History
 
 LIMIT = 1000.0  # a part that has nothing left to say is not blown up beyond this
@@ -11,7 +11,7 @@ LIMIT = 1000.0  # a part that has nothing left to say is not blown up beyond thi
 class Balance:
     """`parts` (2,) are the weights to use, a tensor that `follow` changes in place."""
 
-    def __init__(self, mix: Mix, device: torch.device) -> None:
+    def __init__(self, mix: LossMix, device: torch.device) -> None:
         self.mix, self.parts = mix, mix.weights(device)
 
     def follow(self, history: History, step: int) -> None:

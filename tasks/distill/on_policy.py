@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,12 @@ from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
 from tasks.distill.teacher_targets import Lessons
 from tasks.distill.teachers import Remembered, remembered
-from tasks.engine.data.chat_template import IGNORE, Example, turn_end
-from tasks.engine.losses import Mix
+from tasks.engine.data.chat_template import IGNORE, Example, end_of_turn_id
+from tasks.engine.losses.loss_mix import LossMix
 from tasks.engine.models.lm_head import unwrap
-from tasks.engine.models.load import cap_scores
+from tasks.engine.models.load import apply_score_softcap
 from tasks.engine.training.loop import train
-from tasks.engine.training.spec import Objective, Plan, validation_losses
+from tasks.engine.training.spec import Objective, TrainingSpec, validation_losses
 
 TOGETHER = 64  # rows answered at once
 
@@ -35,11 +35,11 @@ class OnPolicy:
     """What rounds need beside the plan of the run before them; `objective` makes the loss of lessons and a mix."""
 
     config: DistillConfig
-    plan: Plan
+    plan: TrainingSpec
     teacher: ModelDir
     tokenizer: PreTrainedTokenizerBase
-    mix: Mix
-    objective: Callable[[Lessons, Mix], Objective]
+    mix: LossMix
+    objective: Callable[[Lessons, LossMix], Objective]
 
     def rounds(self, model: PreTrainedModel) -> tuple[PreTrainedModel, list[dict[str, float]]]:
         """The student after `on_policy_rounds` more rounds; each round's rows, and the divergence before and after it.
@@ -54,7 +54,7 @@ class OnPolicy:
             )
             taught = Remembered(states, [*rows, *rows], self.config.temperature)  # to learn, and to measure on
             weight = self.mix.kd_weight + self.mix.ce_weight
-            mix = Mix(weight, 0, self.mix.temperature, self.mix.divergence, self.mix.beta, self.mix.skew)
+            mix = replace(self.mix, kd_weight=weight, ce_weight=0)
             plan = self._plan(model, number, rows, taught, self.objective(Lessons(rows, taught), mix))
             before = validation_losses(plan, model)["kd_loss"]
             del model
@@ -66,7 +66,7 @@ class OnPolicy:
 
     def _plan(
         self, model: PreTrainedModel, number: int, rows: list[Example], taught: Remembered, objective: Objective
-    ) -> Plan:
+    ) -> TrainingSpec:
         kept = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
         def build() -> PreTrainedModel:
@@ -79,7 +79,7 @@ class OnPolicy:
 
         made_by = hashlib.sha256(f"{self.plan.made_by} {number} {rows}".encode()).hexdigest()
         config = self.config.model_copy(update={"epochs": 1, "max_steps": None, "validate_every_steps": 0})
-        return Plan(
+        return TrainingSpec(
             build=build, examples=rows, validation=rows, objective=objective, config=config, job=self.plan.job,
             made_by=made_by, enrich=taught.enrich, folder=f"checkpoints-{number}",
         )  # fmt: skip
@@ -107,9 +107,9 @@ def answer(
 ) -> list[Example]:  # fmt: skip
     """The examples' prompts, each with an answer sampled at temperature 1 and no longer than the longest label."""
     unwrap(model).set_attn_implementation("sdpa")  # packed attention has no cache
-    cap_scores(unwrap(model))
+    apply_score_softcap(unwrap(model))
     model.train(False)
-    end, found = turn_end(tokenizer), list[Example]()
+    end, found = end_of_turn_id(tokenizer), list[Example]()
     longest = max(len(example.answer_ids) for example in examples)
     for start in range(0, len(examples), TOGETHER):
         prompts = [_prompt(example) for example in examples[start : start + TOGETHER]]

@@ -24,17 +24,18 @@ from tasks.distill.teacher_targets import Lessons, prepare
 from tasks.distill.teachers import Remembered
 from tasks.distill.vocabulary_trim import trim
 from tasks.engine.data.collator import Batch
-from tasks.engine.data.tokenizers import require_same_tokens
+from tasks.engine.data.tokenizers import load_tokenizer, require_same_tokens
 from tasks.engine.distributed import ranks
-from tasks.engine.losses import Head, Mix, distillation
-from tasks.engine.memory.fit import fitted
-from tasks.engine.memory.teacher_memory import Beside, asked, remembered
+from tasks.engine.losses.chunked import distillation
+from tasks.engine.losses.loss_mix import Head, LossMix
+from tasks.engine.memory.fit import plan_memory
+from tasks.engine.memory.teacher_memory import ExtraMemory, cached_teacher, live_teacher
+from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.lm_head import head_of, hidden_states
-from tasks.engine.models.load import load_tokenizer, pick_device
 from tasks.engine.models.trainable import trainable_model
 from tasks.engine.training.loop import train
 from tasks.engine.training.results import fingerprint, finish, read_splits
-from tasks.engine.training.spec import Objective, Plan
+from tasks.engine.training.spec import Objective, TrainingSpec
 
 WINDOW = 4  # steps that deal their rows anew: all of one size, so that hardly anything is filled up
 
@@ -54,7 +55,7 @@ def distil(
     `states` are what `remember` kept of this teacher; rows that they lack are asked of the teacher now. `texts` are a
     user's own texts, whose most frequent pieces a smaller `vocabulary` keeps.
     """
-    ranks.join()
+    ranks.init_processes()
     report = Report()
     tokenizer, teachers = load_tokenizer(student, config.chat_template), load_tokenizer(teacher)
     require_same_tokens(teachers, tokenizer)
@@ -62,7 +63,7 @@ def distil(
         report.warnings.append("teacher and student have different chat templates; the student's is used for both")
     rows, validation = read_splits(tokenizer, dataset, config.max_length, report, job)
     made_by = fingerprint(config, dataset, student, teacher)
-    with ranks.in_turn():
+    with ranks.rank_zero_first():
         trimmed = trim(config, student, tokenizer, dataset, texts, report, job)
         lessons = prepare(config, teacher, dataset, tokenizer, rows, validation, states, out, report, job)
     rows = lessons.rows
@@ -73,19 +74,21 @@ def distil(
         student = trimmed.student
         cast(Remembered, lessons.taught).restrict(trimmed.head(lessons.taught.head))
         rows, validation = trimmed.examples(rows), trimmed.examples(validation)
-    config, memory = fitted(
+    config, memory = plan_memory(
         config, config.method, student, rows, out, job, beside(config, teacher, lessons.taught.head)
     )
     chunk = config.loss_chunk_mib << 20
 
-    def loss_of(lessons: Lessons, mix: Mix, balance: Balance | None = None) -> Objective:
+    def loss_of(lessons: Lessons, mix: LossMix, balance: Balance | None = None) -> Objective:
         return objective(lessons, mix, balance, chunk)
 
-    mix = Mix(config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.jsd_beta, config.skew)
+    mix = LossMix(
+        config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.divergence_parameters
+    )
     balance = Balance(mix, torch.device(pick_device())) if config.balance else None
     if config.teacher_online and config.teacher_precision == "8bit":  # its products wait for the device
         config = config.model_copy(update={"cuda_graphs": "off"})
-    plan = Plan(
+    plan = TrainingSpec(
         build=lambda: trainable_model(config, config.method, student, pick_device()),
         examples=rows,
         validation=validation,
@@ -110,18 +113,18 @@ def distil(
         report = finish(plan, model, history, config.method, student, out, report, "Distilling the student", dtype)
         if memory:
             report.details["memory_plan"] = memory.told()
-    ranks.leave()
+    ranks.end_processes()
     return report
 
 
-def beside(config: DistillConfig, teacher: ModelDir, head: Head | None) -> Beside:
+def beside(config: DistillConfig, teacher: ModelDir, head: Head | None) -> ExtraMemory:
     """What of the teacher lies on the device beside the student."""
     if config.teacher_online:
-        return asked(teacher, config.teacher_precision)
-    return remembered(head.weight if head else None, head.weight.shape[1] if head else 3 * config.top_k)
+        return live_teacher(teacher, config.teacher_precision)
+    return cached_teacher(head.weight if head else None, head.weight.shape[1] if head else 3 * config.top_k)
 
 
-def objective(lessons: Lessons, mix: Mix, balance: Balance | None, chunk_bytes: int) -> Objective:
+def objective(lessons: Lessons, mix: LossMix, balance: Balance | None, chunk_bytes: int) -> Objective:
     """The loss of a batch: all of `tasks.engine.losses.Losses` by name."""
 
     def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:

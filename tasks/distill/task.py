@@ -3,12 +3,12 @@
 from prefect import task
 
 from tasks.core.refs import AdapterRef, AnyModel, DatasetRef, FilesRef, ModelRef, ReportRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.shell import Input, run_stage
 from tasks.distill import DistillConfig
 
 
-@task(name="distil", **TASK)
+@task(name="distil", **TASK_OPTIONS)
 def distil(
     config: DistillConfig,
     student: AnyModel,

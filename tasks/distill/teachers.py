@@ -17,9 +17,10 @@ from tasks.distill.teacher_cache.load_teacher import load_teacher
 from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows, what_to_keep
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import Batch
-from tasks.engine.losses import Head, TopK
+from tasks.engine.losses.loss_mix import Head, TopK
+from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.lm_head import head_of, hidden_states
-from tasks.engine.models.load import pick_device, read_config
+from tasks.engine.models.model_config import read_config
 
 TAUGHT = ("teacher_logits", "teacher_ids", "teacher_lse", "teacher_states", "label_weights")
 
@@ -106,7 +107,7 @@ class Online:
 
     def known(self, batch: Batch) -> tuple[Tensor, Head, None, None]:
         """As `Remembered.known`, with states made now."""
-        own = cast(Batch, {name: value for name, value in batch.items() if name != "stack"})  # the student's layers
+        own = cast(Batch, {name: value for name, value in batch.items() if name != "decoder"})  # the student's layers
         with torch.no_grad():
             return hidden_states(self.model, own), self.head, None, None
 

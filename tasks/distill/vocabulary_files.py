@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.distill.vocabulary import Pieces
-from tasks.engine.models.trainable import TOKENIZER_FILES
+from tasks.engine.data.tokenizers import TOKENIZER_FILES
 from tasks.engine.weights.safetensors_reader import stored_tensors
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")

@@ -21,9 +21,9 @@ from tasks.distill import DistillConfig
 from tasks.distill.vocabulary import Pieces, choose
 from tasks.distill.vocabulary_files import config_ids, write_trimmed
 from tasks.engine.data.chat_template import IGNORE, Example, encode
+from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.distributed import ranks
-from tasks.engine.losses import Head
-from tasks.engine.models.load import load_tokenizer
+from tasks.engine.losses.loss_mix import Head
 from tasks.engine.weights.safetensors_reader import stored_tensors
 
 PROBE = 'Turn  valve 17 on:\n\t{"intent": "Größe №5 🔧", "entities": {}}\r\n<b>Ωmega</b> ⅓ 東京 \x07'

@@ -23,7 +23,7 @@ from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
 from tasks.distill.teacher_cache import TEMPERATURES, StatesConfig
 from tasks.engine.data.chat_template import Example
-from tasks.engine.losses import Head
+from tasks.engine.losses.loss_mix import Head
 
 FORMAT = 2
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

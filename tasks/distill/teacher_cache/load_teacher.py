@@ -6,8 +6,9 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.distill.teacher_cache import StatesConfig
+from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.lm_head import check_head
-from tasks.engine.models.load import load_model, pick_device
+from tasks.engine.models.load import load_model
 
 
 def load_teacher(teacher: ModelDir, config: StatesConfig) -> PreTrainedModel:

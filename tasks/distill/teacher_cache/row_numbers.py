@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from tasks.core.rows import read_rows
-from tasks.engine.data.chat_template import Example, encode, turn_end
+from tasks.engine.data.chat_template import Example, encode, end_of_turn_id
 
 
 def row_numbers(path: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[int]:
@@ -15,7 +15,7 @@ def row_numbers(path: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequen
         lines = sum(1 for _ in file)
     if lines == len(examples):
         return list(range(1, lines + 1))
-    end, numbers, at = turn_end(tokenizer), list[int](), 0
+    end, numbers, at = end_of_turn_id(tokenizer), list[int](), 0
     for number, row in enumerate(read_rows(path), start=1):  # rows that were too long are not among the examples
         if at < len(examples) and encode(tokenizer, row, end) == examples[at]:
             numbers.append(number)

@@ -16,7 +16,8 @@ from tasks.distill.teacher_cache.row_numbers import row_numbers
 from tasks.distill.teacher_cache.teacher_accuracy import examine, write_exam
 from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows, what_to_keep
 from tasks.distill.teacher_cache.top_k import topk_error
-from tasks.engine.models.load import load_tokenizer, read_config
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.model_config import read_config
 from tasks.engine.training.results import read_splits
 
 

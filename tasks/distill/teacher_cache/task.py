@@ -5,7 +5,7 @@ import hashlib
 from prefect import task
 
 from tasks.core.refs import AdapterRef, AnyModel, DatasetRef, ReportRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.settings import Settings
 from tasks.core.shell import run_stage
 from tasks.core.store import open_store
@@ -14,7 +14,7 @@ from tasks.distill.teacher_cache import StatesConfig
 STAGE = "distill.teacher_cache"
 
 
-@task(name="remember", task_run_name="remember what the teacher says", **TASK)
+@task(name="remember", task_run_name="remember what the teacher says", **TASK_OPTIONS)
 def remember(config: StatesConfig, teacher: AnyModel, dataset: DatasetRef) -> ReportRef:
     """What the teacher says of every answer token of the dataset, for `distil` with any loss.
 

@@ -16,11 +16,11 @@ from tasks.distill.teacher_cache.hidden_states import DTYPES, Kept, States, fini
 from tasks.distill.teacher_cache.progress_marker import Mark
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import Batch, collate, to_device
-from tasks.engine.data.sequence_packing import pack, pack_all
-from tasks.engine.losses import Head
+from tasks.engine.data.sequence_packing import collate_packed, pack_first_fit
+from tasks.engine.losses.loss_mix import Head
+from tasks.engine.models.dtypes import pick_device, pick_dtype
 from tasks.engine.models.lm_head import head_of, hidden_states
-from tasks.engine.models.load import pick_device, pick_dtype
-from tasks.engine.speed.packing_support import make_packable
+from tasks.engine.speed.packing_support import enable_packing
 
 GIB = 1 << 30
 CHUNK_BYTES = 1 << 28
@@ -92,11 +92,11 @@ def _ask_missing(
     model: PreTrainedModel, head: Head, ask: Ask, rows: list[Example], missing: list[int], starts: list[int],
     tensors: dict[str, Tensor], mark: Mark, job: Job,
 ) -> None:  # fmt: skip
-    reason = make_packable(model, DTYPES[ask.kept.dtype])
+    reason = enable_packing(model, DTYPES[ask.kept.dtype])
     if reason:
         job.log(reason, "warning")
     lengths = [len(rows[row].input_ids) for row in missing]
-    packing = pack_all(lengths, max(1, ask.config.batch_tokens >> job.rung))
+    packing = pack_first_fit(lengths, max(1, ask.config.batch_tokens >> job.rung))
     order, done, told = [missing[i] for part in packing.micro_batches for i in part], 0, 0.0
     for part in packing.micro_batches:
         some = [missing[i] for i in part]
@@ -104,7 +104,7 @@ def _ask_missing(
         if done <= mark.done:
             continue
         items = [(row, rows[row]) for row in some]
-        batch = to_device(pack(items, packing) if reason is None else collate(items), model.device)
+        batch = to_device(collate_packed(items, packing) if reason is None else collate(items), model.device)
         answers = answer(model, head, batch, ask.kept)
         start = 0
         for row in batch["rows"]:

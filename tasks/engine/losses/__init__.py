@@ -1,9 +1,10 @@
-"""Losses over a large vocabulary that never hold (positions x vocabulary).
+"""Losses over a large vocabulary that never hold all logits (positions x vocabulary) at once.
 
-Shapes: N labelled positions, H student width, G teacher width, V student vocabulary, W teacher vocabulary.
+Suffixes of tensors name their dimensions:
+
+    N  labelled positions (n, of one chunk)    H  width of the student         V  vocabulary of the student
+    K  kept entries of a teacher's top k       G  width of the teacher         W  vocabulary of the teacher
+    S  shared columns, min(V, W)
+
+This package imports no torch: configs read `divergence_registry`.
 """
-
-from tasks.engine.losses.chunked import cross_entropy, distillation
-from tasks.engine.losses.loss_mix import Divergence, Head, Losses, Mix, TopK
-
-__all__ = ["Divergence", "Head", "Losses", "Mix", "TopK", "cross_entropy", "distillation"]

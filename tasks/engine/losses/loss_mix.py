@@ -1,16 +1,20 @@
-"""What a distillation loss is made of: heads, the divergence and its weights, and the sums that come out."""
+"""What a distillation loss is made of: heads, the divergence with its parameters and weight, and the sums returned."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+from tasks.engine.losses.divergence_registry import DEFAULT, DIVERGENCES
 
 
 class Head(NamedTuple):
-    """What turns a final hidden state into logits: `softcap * tanh(hidden @ weight.T / softcap)`; weight (V, H)."""
+    """An LM head: logits = softcap * tanh(hidden @ weight.T / softcap), without softcap hidden @ weight.T.
+
+    `weight` is (V, H).
+    """
 
     weight: Tensor
     softcap: float | None = None
@@ -21,32 +25,50 @@ class Head(NamedTuple):
         return self.capped(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def capped(self, products: Tensor) -> Tensor:
-        """Logits of the products of hidden states and weight."""
+        """Logits of the products hidden @ weight.T."""
         return products if self.softcap is None else self.softcap * torch.tanh(products / self.softcap)
 
 
 @dataclass(frozen=True)
-class Mix:
-    """kd_weight * T^2 * divergence(teacher p, student q; T) + ce_weight * cross-entropy.
+class LossMix:
+    """loss = kd_weight * T^2 * D(p, q) + ce_weight * cross-entropy, p and q the softmaxes of logits / T.
 
     T^2 multiplies value and gradient alike (Hinton et al., arXiv 1503.02531), so a change of temperature leaves the
-    gradient's size about as it was. `beta` is the teacher's share in the mixture of `jsd` (GKD, arXiv 2306.13649):
-    beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q. `skew` is alpha in DistiLLM's (arXiv
-    2402.03898) skew_kl = KL(p || alpha p + (1 - alpha) q) and skew_reverse_kl = KL(q || alpha q + (1 - alpha) p).
+    gradient's size about as it was. D is `divergence`, a name in `divergence_registry`; `parameters` are its own, by
+    config field, the registry's defaults where they are left out. Raises ValueError for what is out of bounds.
     """
 
     kd_weight: float
     ce_weight: float
     temperature: float = 1.0
-    divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    skew: float = 0.1
+    divergence: str = DEFAULT
+    parameters: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
-        if not (0 < self.beta < 1 and 0 <= self.skew < 1):
-            raise ValueError(f"beta={self.beta} must lie between 0 and 1, skew={self.skew} in [0, 1)")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence={self.divergence} is none of {', '.join(DIVERGENCES)}")
+        settings = {parameter.setting for parameter in DIVERGENCES[self.divergence].parameters.values()}
+        if unknown := self.parameters.keys() - settings:
+            raise ValueError(f"divergence={self.divergence} has no parameter {', '.join(sorted(unknown))}")
+        self.arguments()
+
+    def arguments(self) -> dict[str, float]:
+        """The divergence's parameters by the names in its formula."""
+        return {
+            name: parameter.check(self.parameters.get(parameter.setting, parameter.default))
+            for name, parameter in DIVERGENCES[self.divergence].parameters.items()
+        }
+
+    @property
+    def kernel(self) -> int | None:
+        """KIND of the divergence in the Triton kernels; None where it has none."""
+        return DIVERGENCES[self.divergence].kernel
+
+    def terms(self, logp: Tensor, logq: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """D (C,) and q * dD/dq (C, S) of log-probabilities (C, S); q = exp(logq)."""
+        return DIVERGENCES[self.divergence].terms(logp, logq, q, **self.arguments())
 
     def weights(self, device: torch.device) -> Tensor:
         """(kd_weight, ce_weight) as float64 on `device`."""
@@ -58,8 +80,8 @@ class Mix:
 class Losses(NamedTuple):
     """Sums over the N positions. Only `loss` carries a gradient; loss = kd_weight * kd_loss + ce_weight * ce_loss.
 
-    `kd_grad_norm` and `ce_grad_norm` are sums of the norm that each part's unweighted gradient has in a position's
-    logits (T^2 included): what the weights really weigh.
+    `kd_grad_norm` and `ce_grad_norm` are sums over the positions of the norm of kd_loss's and ce_loss's gradient in a
+    position's logits: how much the two parts weigh before their weights.
     """
 
     loss: Tensor
@@ -70,10 +92,10 @@ class Losses(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A teacher's k largest logits a position instead of its hidden state: `logits` and `ids` (N, k), `lse` (N,).
+    """A teacher's k largest logits a position instead of its hidden state: `logits` and `ids` (N, K), `lse` (N,).
 
-    `lse` is the log-sum-exp over the teacher's whole vocabulary of logits / T at the temperature of the loss; what the
-    k leave over is the tail bucket's.
+    `lse` is the log-sum-exp over the teacher's whole vocabulary of logits / T at the temperature of the loss. The mass
+    that the k leave over is one more bucket, the tail.
     """
 
     logits: Tensor

@@ -4,7 +4,8 @@ from itertools import product
 import pytest
 import torch
 
-from tasks.engine.losses import Head, Mix, TopK, cross_entropy, distillation
+from tasks.engine.losses.chunked import cross_entropy, distillation
+from tasks.engine.losses.loss_mix import Head, LossMix, TopK
 
 N, H, G, V = 13, 8, 10, 37
 DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
@@ -34,7 +35,7 @@ def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * (a / b).log()).sum(-1)
 
 
-def formula(p: torch.Tensor, q: torch.Tensor, mix: Mix) -> torch.Tensor:
+def formula(p: torch.Tensor, q: torch.Tensor, mix: LossMix) -> torch.Tensor:
     """D(p, q) a row as the papers write it; see `Mix`."""
     if mix.divergence == "forward_kl":
         return kl(p, q)
@@ -48,7 +49,7 @@ def formula(p: torch.Tensor, q: torch.Tensor, mix: Mix) -> torch.Tensor:
     return kl(q, mix.skew * q + (1 - mix.skew) * p)
 
 
-def reference(student, teacher, labels, mix: Mix, weights) -> tuple[torch.Tensor, ...]:
+def reference(student, teacher, labels, mix: LossMix, weights) -> tuple[torch.Tensor, ...]:
     """Loss, parts and norms from whole float64 logits, through autograd."""
     shared = min(student.shape[1], teacher.shape[1])
     p = torch.softmax(teacher[:, :shared] / mix.temperature, -1)
@@ -79,7 +80,7 @@ def test_distillation_is_the_formula_in_value_norm_and_gradient(divergence, teac
     counts = torch.rand(N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     rows_of_three = 3 * 8 * 4 * V
     for softcap, temperature, weights in product((None, 3.0), (1.0, 2.5), (None, counts)):
-        mix = Mix(0.7, 0.3, temperature, divergence, beta=0.3, skew=0.2)
+        mix = LossMix(0.7, 0.3, temperature, divergence, beta=0.3, skew=0.2)
         heads = Head(weight, softcap), Head(teacher_weight, 5.0)
         ours = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], mix, rows_of_three, weights)
         (ours.loss / 7).backward()
@@ -97,7 +98,7 @@ def test_the_top_k_with_a_tail_is_the_divergence_over_buckets(divergence):
     The teacher's head is padded by 5 columns that are not the student's: they are the tail's.
     """
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors(V + 5)
-    mix = Mix(0.7, 0.3, 2, divergence, beta=0.3, skew=0.2)
+    mix = LossMix(0.7, 0.3, 2, divergence, beta=0.3, skew=0.2)
     teacher = teacher_hidden @ teacher_weight.T
     logits, ids = teacher.topk(4)
     assert (ids >= V).any()
@@ -118,7 +119,7 @@ def test_the_top_k_with_a_tail_is_the_divergence_over_buckets(divergence):
 
 def test_merging_tokens_into_the_tail_never_adds_divergence():
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
-    teacher, mix = teacher_hidden @ teacher_weight.T, Mix(1, 0, 2)
+    teacher, mix = teacher_hidden @ teacher_weight.T, LossMix(1, 0, 2)
     lse = torch.logsumexp(teacher / 2, -1)
     values = []
     for k in (1, 4, 16, V):
@@ -129,7 +130,7 @@ def test_merging_tokens_into_the_tail_never_adds_divergence():
 
 def test_all_tokens_as_the_top_k_are_the_whole_divergence():
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
-    mix = Mix(1, 0, 2)
+    mix = LossMix(1, 0, 2)
     teacher = teacher_hidden @ teacher_weight.T
     logits, ids = teacher.topk(V)
     known = TopK(logits, ids, torch.logsumexp(teacher / 2, -1))
@@ -158,7 +159,7 @@ def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient(div
     hidden, weight, labels, *_ = tensors()
     shifted = [torch.cat([t.detach(), torch.full((len(t), 1), 3.0)], 1) for t in (hidden, weight)]
     for states, head in [(hidden.detach(), Head(weight.detach())), (shifted[0], Head(shifted[1]))]:
-        losses = distillation(hidden, Head(weight), labels, states, head, Mix(1, 0, 2, divergence))
+        losses = distillation(hidden, Head(weight), labels, states, head, LossMix(1, 0, 2, divergence))
         losses.loss.backward()
         assert abs(float(losses.kd_loss)) < 1e-12
         assert float(gradients(hidden, weight)[0].abs().max()) < 1e-12
@@ -168,7 +169,7 @@ def test_a_student_that_equals_its_teacher_has_no_divergence_and_no_gradient(div
 def test_masked_positions_contribute_nothing_whatever_they_hold(divergence):
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
     keep = torch.arange(N) % 3 != 0
-    mix, heads = Mix(0.7, 0.3, 2, divergence), (Head(weight), Head(teacher_weight))
+    mix, heads = LossMix(0.7, 0.3, 2, divergence), (Head(weight), Head(teacher_weight))
     kept = distillation(hidden[keep], heads[0], labels[keep], teacher_hidden[keep], heads[1], mix)
     kept.loss.backward()
     want = [*kept, *gradients(hidden, weight)]
@@ -184,7 +185,7 @@ def test_the_temperature_squared_keeps_the_gradient_in_size():
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
     norms = []
     for temperature in (50.0, 100.0):
-        mix = Mix(1, 0, temperature)
+        mix = LossMix(1, 0, temperature)
         distillation(hidden, Head(weight), labels, teacher_hidden, Head(teacher_weight), mix).loss.backward()
         norms.append(float(gradients(hidden, weight)[0].norm()))
     assert math.isclose(*norms, rel_tol=0.03)
@@ -199,7 +200,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 def test_the_heads_gradient_can_be_added_where_the_caller_wants_it():
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
-    mix, head = Mix(0.7, 0.3, 2), Head(teacher_weight)
+    mix, head = LossMix(0.7, 0.3, 2), Head(teacher_weight)
     plain = distillation(hidden, Head(weight), labels, teacher_hidden, head, mix)
     plain.loss.backward()
     want = gradients(hidden, weight)
@@ -213,24 +214,24 @@ def test_the_heads_gradient_can_be_added_where_the_caller_wants_it():
 def test_weights_in_a_tensor_go_before_those_of_the_mix():
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
     heads = Head(weight), Head(teacher_weight)
-    want = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], Mix(0.2, 3, 2))
+    want = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], LossMix(0.2, 3, 2))
     parts = torch.tensor([0.2, 3.0], dtype=torch.float64)
-    got = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], Mix(1, 1, 2), parts=parts)
+    got = distillation(hidden, heads[0], labels, teacher_hidden, heads[1], LossMix(1, 1, 2), parts=parts)
     assert_equal(got, want)
 
 
 def test_bfloat16_states_stay_close_to_the_exact_loss():
     hidden, weight, labels, teacher_hidden, teacher_weight = tensors()
-    exact = distillation(hidden, Head(weight), labels, teacher_hidden, Head(teacher_weight), Mix(0.7, 0.3, 2))
+    exact = distillation(hidden, Head(weight), labels, teacher_hidden, Head(teacher_weight), LossMix(0.7, 0.3, 2))
     half = [t.detach().bfloat16() for t in (hidden, weight, teacher_hidden, teacher_weight)]
-    rough = distillation(half[0], Head(half[1]), labels, half[2], Head(half[3]), Mix(0.7, 0.3, 2))
+    rough = distillation(half[0], Head(half[1]), labels, half[2], Head(half[3]), LossMix(0.7, 0.3, 2))
     assert rough.loss.dtype == torch.float32
     assert math.isclose(float(rough.loss.detach()), float(exact.loss.detach()), rel_tol=0.02)
 
 
 def test_a_temperature_of_zero_is_refused():
     with pytest.raises(ValueError, match="temperature=0 must be above 0"):
-        Mix(1, 0, 0)
+        LossMix(1, 0, 0)
 
 
 @pytest.mark.gpu
@@ -238,7 +239,7 @@ def test_a_temperature_of_zero_is_refused():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("columns", [(65536, 65536), (8192, 8256), (40000, 33000)])
 def test_the_kernel_is_the_plain_path_on_float32_logits(divergence, columns):
-    from tasks.engine.losses import divergence as plain
+    from tasks.engine.losses import plain_loss as plain
     from tasks.engine.losses import triton
 
     generator = torch.Generator("cuda").manual_seed(0)
@@ -246,7 +247,7 @@ def test_the_kernel_is_the_plain_path_on_float32_logits(divergence, columns):
     labels = torch.randint(0, min(columns), (16,), generator=generator, device="cuda")
     weights = torch.rand(16, generator=generator, device="cuda")
     for temperature, softcap in ((1.0, None), (2.0, None), (3.0, 4.0)):  # each is kernels of its own, seconds to make
-        mix, head = Mix(0.7, 0.3, temperature, divergence, 0.3, 0.2), Head(student, softcap)
+        mix, head = LossMix(0.7, 0.3, temperature, divergence, 0.3, 0.2), Head(student, softcap)
         parts = mix.weights(student.device)
         exact = [t.double() for t in (student, weights, teacher)]
         want = plain.chunk_losses(exact[0], head, labels, exact[1], Head(exact[2], 5.0).capped(exact[2]), mix, parts)

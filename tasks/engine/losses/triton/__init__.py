@@ -1,4 +1,4 @@
-"""The formulas as Triton kernels for CUDA: a chunk's logits of student and teacher in, the gradient in their place."""
+"""Triton kernels of the loss: a chunk's logits of student and teacher in, the gradient in the student's place."""
 
 from tasks.engine.losses.triton.launch import chunk_losses
 

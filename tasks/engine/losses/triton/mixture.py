@@ -1,5 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""The pass between for divergences from a mixture (jsd, skew): their value needs both softmax sums first."""
+"""Second kernel, for divergences from a mixture (jsd, skew): their value needs both softmax sums first.
+
+KIND is `Divergence.kernel`; the formulas are those of `tasks.engine.losses.divergences`.
+"""
 
 import triton
 import triton.language as tl
@@ -17,7 +20,7 @@ def _log_mixture(a, b, share):
 
 @triton.jit
 def mixture_terms(logp, logq, inside, share, KIND: tl.constexpr):
-    """Terms of the divergence and of q dD/dq, 0 where `inside` is false; see divergence.divergence."""
+    """Terms of D and of q dD/dq, 0 where `inside` is false, and q; `share` is the divergence's beta or alpha."""
     p, q = tl.exp(logp), tl.exp(logq)
     if KIND == 2:
         logm = _log_mixture(logp, logq, share)
@@ -40,21 +43,21 @@ def mixture_values(
     teacher_cap, KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, EVEN: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """A part's terms of a mixture's divergence and of the sum of q dD/dq."""
+    """Writes `mixed` (2, n, parts): a part's sums of the terms of D and of q dD/dq."""
     row, slices = tl.program_id(1), tl.num_programs(0)
     srow, trow = student + row.to(tl.int64) * student_stride, teacher + row.to(tl.int64) * teacher_stride
     LINES: tl.constexpr = BLOCK // WIDE
-    lanes = tl.arange(0, LINES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :] + tl.program_id(0) * PART
-    cold = LOG2E / temperature
-    lse_q, share_q = log2_sum_exp(sums + row * slices, n * slices, 2, cold, slices, SLICES)
-    lse_t, share_t = log2_sum_exp(sums + row * slices, n * slices, 4, cold, slices, SLICES)
-    values, weighteds = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
+    offsets = tl.arange(0, LINES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :] + tl.program_id(0) * PART
+    log2_scale = LOG2E / temperature
+    lse_q, share_q = log2_sum_exp(sums + row * slices, n * slices, 2, log2_scale, slices, SLICES)
+    lse_t, share_t = log2_sum_exp(sums + row * slices, n * slices, 4, log2_scale, slices, SLICES)
+    values, weighted_sums = tl.zeros((LINES,), tl.float32), tl.zeros((LINES,), tl.float32)
     for start in range(0, PART, BLOCK):
-        cols = start + lanes
-        logq = (read_logits(srow, cols, shared, cap, CAPPED, EVEN) * cold - lse_q) / LOG2E
-        logp = (read_logits(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN) * cold - lse_t) / LOG2E
-        one, weighted, q = mixture_terms(logp, logq, cols < shared, share, KIND)
-        values, weighteds = values + tl.sum(one, 1), weighteds + tl.sum(weighted, 1)
+        cols = start + offsets
+        logq = (read_logits(srow, cols, shared, cap, CAPPED, EVEN) * log2_scale - lse_q) / LOG2E
+        logp = (read_logits(trow, cols, shared, teacher_cap, TEACHER_CAPPED, EVEN) * log2_scale - lse_t) / LOG2E
+        value_terms, weighted, q = mixture_terms(logp, logq, cols < shared, share, KIND)
+        values, weighted_sums = values + tl.sum(value_terms, 1), weighted_sums + tl.sum(weighted, 1)
     out = mixed + row * slices + tl.program_id(0)
     tl.store(out, tl.sum(values))
-    tl.store(out + n * slices, tl.sum(weighteds))
+    tl.store(out + n * slices, tl.sum(weighted_sums))

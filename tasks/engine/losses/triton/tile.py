@@ -1,9 +1,9 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""A row's logits a tile at a time, and the sums of its parts put together.
+"""Tiles of a row's logits, and the reduction of its parts' sums.
 
 A row is cut into parts of PART columns, a program each, so that no multiprocessor waits for the last rows. A tile is
-LINES x WIDE logits, and each line keeps a maximum and sums of its own until the part is over: threads do not wait for
-each other, and the sums take an eighth of the registers.
+LINES x WIDE logits, and each line has a running maximum and sums until the part is over: threads do not wait for each
+other, and the sums take an eighth of the registers.
 """
 
 import triton
@@ -29,17 +29,20 @@ def read_logits(row, cols, columns, cap, CAPPED: tl.constexpr, EVEN: tl.constexp
 
 @triton.jit
 def finite(high):
-    """What to subtract from a line's logits: its maximum, or 0 while it has none."""
+    """The maximum to subtract from a line's logits before exp; 0 where it is -inf."""
     return tl.where(high == float("-inf"), 0.0, high)
 
 
 @triton.jit
-def log2_sum_exp(out, plane, which, cold, slices, SLICES: tl.constexpr):
-    """log2 of a row's sum of exp over its parts, by parts' maxima in `which` and sums after it; the parts' shares."""
-    at = tl.arange(0, SLICES)
-    tops = tl.load(out + which * plane + at, mask=at < slices, other=float("-inf"))
-    part = tl.load(out + (which + 1) * plane + at, mask=at < slices, other=0.0)
+def log2_sum_exp(out, plane, plane_index, log2_scale, slices, SLICES: tl.constexpr):
+    """log2 of a row's sum of exp, and each part's share of it.
+
+    Of the parts' maxima in plane `plane_index` and their sums in the next one.
+    """
+    index = tl.arange(0, SLICES)
+    tops = tl.load(out + plane_index * plane + index, mask=index < slices, other=float("-inf"))
+    part = tl.load(out + (plane_index + 1) * plane + index, mask=index < slices, other=0.0)
     top = tl.max(tops)
-    fades = tl.exp2((tops - top) * cold)
-    total = tl.sum(part * fades)
-    return top * cold + tl.log2(total), fades / total
+    rescaled = tl.exp2((tops - top) * log2_scale)
+    total = tl.sum(part * rescaled)
+    return top * log2_scale + tl.log2(total), rescaled / total
