@@ -1,4 +1,4 @@
-"""One model, every quantization method: what each costs, and whether the verdict foretold it.
+"""One model by every quantization method: the cost of each, and whether the audit's verdict predicted it.
 
 python -m flows.bakeoff deployments/presets/bakeoff.yaml
 
@@ -7,21 +7,24 @@ rows ── ingest ─┘                   └── GGUF (one a kind) ── e
 """
 
 import json
-from typing import Any
+from typing import Any, Self
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
-from flows.config import FlowConfig, given_files
+from flows.checks import require_held_out
+from flows.config import given_files
+from flows.flow_config import FlowConfig
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import verdict_table
-from tasks.bakeoff import BakeoffConfig, Method
+from tasks.bakeoff import METHODS, BakeoffConfig
+from tasks.bakeoff.prediction import DTYPE_TARGETS, focus_targets
 from tasks.bakeoff.table import draw, gguf_row, markdown, table
 from tasks.bakeoff.task import bake
-from tasks.core.import_inputs import take_files, take_model
-from tasks.core.inputs import fetched
+from tasks.core.import_inputs import import_files, import_model
+from tasks.core.inputs import fetch_input
 from tasks.core.refs import DatasetRef, ModelRef, ReportRef
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
@@ -32,12 +35,12 @@ from tasks.ingest.task import ingest
 from tasks.outliers import OutlierConfig
 from tasks.outliers.task import find_outliers
 
-METHODS: list[Method] = [
-    "none", "bnb-int8", "bnb-nf4", "quanto-int8", "quanto-int4", "quanto-int8-uncalibrated",
-    "quanto-int4-uncalibrated", "quanto-int8-weights", "torchao-int8", "torchao-int8-activations", "torchao-int4",
-    "gptq", "awq",
-]  # fmt: skip
 KINDS: list[Kind] = ["BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
+
+
+def every_method() -> list[BakeoffConfig]:
+    """Every registered method in both 16-bit dtypes."""
+    return [BakeoffConfig(method=name, dtype=dtype) for dtype in ("bfloat16", "float16") for name in METHODS]
 
 
 class BakeoffFlowConfig(FlowConfig):
@@ -55,9 +58,7 @@ class BakeoffFlowConfig(FlowConfig):
     """Held-out rows that every result is compared on; without it a part of `train` is held back."""
     ingest: IngestConfig = IngestConfig(allow_few_rows=True)
     outliers: OutlierConfig = OutlierConfig()
-    methods: list[BakeoffConfig] = [
-        BakeoffConfig(method=method, dtype=dtype) for dtype in ("bfloat16", "float16") for method in METHODS
-    ]
+    methods: list[BakeoffConfig] = every_method()
     """The methods, each in the dtype of what it does not quantize."""
     gguf: list[GgufConfig] = Field(
         default=[
@@ -70,46 +71,52 @@ class BakeoffFlowConfig(FlowConfig):
     evaluate: EvaluateConfig = EvaluateConfig(limit_rows=64, latency_rows=8, perplexity_rows=0)
     """How GGUF files are scored: on as many rows as the methods, and their speed on rows asked one at a time."""
 
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        require_held_out(self.train, test=self.test)
+        return self
+
 
 @flow(name="stillhouse-bakeoff", validate_parameters=True, persist_result=False)
 def bakeoff(config: BakeoffFlowConfig) -> dict[str, Any]:
-    """Tries every method on the model; writes the table and the plot.
+    """Measures every method on the model; writes the table and the plot.
 
-    Returns `rows` (what was measured), `table` (the same for people) and the directory of the report.
+    Returns `rows` (the measurements), `table` (the same as formatted text) and the directory of the report.
     """
     with Stages(config) as run:
-        model = run("take model", take_model, config.model, config.revision)
-        files = run("take data", take_files, given_files(train=config.train, test=config.test))
+        model = run("take model", import_model, config.model, config.revision)
+        files = run("take data", import_files, given_files(train=config.train, test=config.test))
         dataset = run("ingest", ingest, config.ingest, files, model)
         outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
         verdict_table(run, outliers)
         rows = []
-        for one in config.methods:
-            made = run(f"bake {one.method} {one.dtype}", bake, one, model, dataset, outliers)
-            rows.append(_report(run, made)["details"]["row"])
-        rows += [_gguf(run, config, one, model, dataset, outliers) for one in config.gguf]
+        for method in config.methods:
+            report = run(f"bake {method.method} {method.dtype}", bake, method, model, dataset, outliers)
+            rows.append(_report(run, report)["details"]["row"])
+        rows += [_gguf(run, config, gguf, model, dataset, outliers) for gguf in config.gguf]
         return _publish(run, rows)
 
 
 def _gguf(
-    run: Stages, config: BakeoffFlowConfig, one: GgufConfig, model: ModelRef, dataset: DatasetRef, outliers: ReportRef
+    run: Stages, config: BakeoffFlowConfig, file: GgufConfig, model: ModelRef, dataset: DatasetRef, outliers: ReportRef
 ) -> dict[str, Any]:
-    label = f"{one.kind}{' imatrix' if one.imatrix else ''}"
-    gguf = run(f"gguf {label}", convert, one, model, dataset, outliers=outliers)
+    """Converts, evaluates and tabulates one GGUF file."""
+    label = f"{file.kind}{' imatrix' if file.imatrix else ''}"
+    gguf = run(f"gguf {label}", convert, file, model, dataset, outliers=outliers)
     facts = run(f"evaluate {label}", evaluate, config.evaluate, model, dataset, label, gguf).facts
-    known = {"tokens_per_second": "alone_tokens_per_second", "exact": "exact_match"}
-    scores = {name: facts[fact] for name, fact in known.items() if fact in facts}
-    foretold = json.loads((fetched(run.settings, outliers.digest) / "verdict.json").read_text())
-    predicted = foretold["models"][foretold["focus"]]["targets"]["gguf_cpu"]["verdict"]
-    made = _report(run, gguf)
-    seconds, peak = made["metrics"]["conversion_seconds"], made["metrics"]["conversion_peak_bytes"]
-    weighed = made["details"]["weighed"]
-    return gguf_row(gguf.facts, seconds, one.imatrix, weighed, peak_bytes=peak, predicted=predicted, **scores)
+    columns = {"tokens_per_second": "alone_tokens_per_second", "exact": "exact_match"}
+    scores = {column: facts[fact] for column, fact in columns.items() if fact in facts}
+    verdict = json.loads((fetch_input(run.settings, outliers.digest) / "verdict.json").read_text())
+    predicted = focus_targets(verdict)[DTYPE_TARGETS["float32"]]["verdict"]
+    report = _report(run, gguf)
+    seconds, peak = report["metrics"]["conversion_seconds"], report["metrics"]["conversion_peak_bytes"]
+    weighed = report["details"]["weighed"]
+    return gguf_row(gguf.facts, seconds, file.imatrix, weighed, peak_bytes=peak, predicted=predicted, **scores)
 
 
 def _report(run: Stages, ref: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((fetched(run.settings, ref.digest) / "report.json").read_text())
-    return found
+    report: dict[str, Any] = json.loads((fetch_input(run.settings, ref.digest) / "report.json").read_text())
+    return report
 
 
 def _publish(run: Stages, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,25 +1,20 @@
-"""Bake-off: one model quantized by one method, and what that cost: bytes, seconds, memory, agreement, speed."""
+"""Bake-off: one model quantized by one method, and the cost: bytes, seconds, memory, agreement, speed."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from tasks.bakeoff import methods as methods  # registers every method
+from tasks.bakeoff.registry import METHODS as METHODS
+from tasks.bakeoff.registry import MethodName
 from tasks.core.config import RUN_WIDE, StageConfig
-
-Method = Literal[
-    "none",
-    "bnb-int8", "bnb-nf4",
-    "quanto-int8", "quanto-int4", "quanto-int8-uncalibrated", "quanto-int4-uncalibrated", "quanto-int8-weights",
-    "torchao-int8", "torchao-int8-activations", "torchao-int4",
-    "gptq", "awq",
-]  # fmt: skip
 
 
 class BakeoffConfig(StageConfig):
-    """Which method, in which dtype, and how it is tried."""
+    """Which method quantizes the model, in which dtype, and how the result is compared."""
 
-    method: Method = "none"
-    """Who quantizes; `none` only casts to `dtype`. quanto-int8 and -int4 quantize activations to int8, too."""
+    method: MethodName = "none"
+    """The method; `none` only casts to `dtype`. quanto-int8 and -int4 quantize activations to int8, too."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What is not quantized, and what the method calibrates in."""
     rows: int = Field(default=64, ge=1)

@@ -1,45 +1,43 @@
-"""The bake-off's rows side by side, those of the GGUF stage among them: a table and a plot. No torch.
+"""Table and plot of the bake-off's rows, those of GGUF files among them. No torch.
 
-rows = [*bake_rows, *(gguf_row(facts, seconds, imatrix, weighed) for ...)]
+rows = [*bake_rows, *(gguf_row(facts, seconds, imatrix, weighed_tensors) for ...)]
 (report / "bakeoff.md").write_text(markdown(rows)); draw(rows, report / "bakeoff.png")
 """
 
 from pathlib import Path
 from typing import Any
 
+from tasks.core.audit_words import agreement_verdict
+
 Row = dict[str, Any]
 COLUMNS = (
     "method", "dtype", "MB", "seconds", "peak MB", "mean KL", "top-1", "exact", "tokens/s", "predicted", "happened",
 )  # fmt: skip
-GOOD, BEARABLE = (0.05, 0.95), (0.5, 0.8)  # mean KL and top-1, as the outliers stage judges its own trials
 
 
-def gguf_row(facts: dict[str, Any], seconds: float, imatrix: bool, weighed: int, **more: Any) -> Row:
+def gguf_row(facts: dict[str, Any], seconds: float, imatrix: bool, weighed_tensors: int, **columns: Any) -> Row:
     """A row from the facts of a GGUF ref (`format`, `bytes`, `mean_kl`, `top1`) and the seconds of its conversion.
 
-    `imatrix` says whether an importance matrix was asked for, `weighed` how many tensors it was used for.
+    `imatrix` says whether an importance matrix was requested, `weighed_tensors` for how many tensors it was used.
     """
-    method = f"GGUF {facts['format']}{' + imatrix' if weighed else ', imatrix unused' if imatrix else ''}"
-    kept: Row = {key: facts[key] for key in ("bytes", "mean_kl", "top1") if key in facts}
-    return {"method": method, "dtype": "float32", "seconds": seconds, "not_finite": 0, **kept, **more}
+    method = f"GGUF {facts['format']}{' + imatrix' if weighed_tensors else ', imatrix unused' if imatrix else ''}"
+    numbers: Row = {key: facts[key] for key in ("bytes", "mean_kl", "top1") if key in facts}
+    return {"method": method, "dtype": "float32", "seconds": seconds, "not_finite": 0, **numbers, **columns}
 
 
 def happened(row: Row) -> str:
-    """What came of it, in the verdict's words."""
+    """The measured outcome in the verdict's words, or why there is none."""
     if row.get("skipped"):
         return f"skipped: {row['skipped']}"
     if row.get("failed"):
         return f"failed: {row['failed']}"
     if row.get("not_finite"):
         return f"unsafe: {row['not_finite']:.0f} of {row['tokens']:.0f} tokens NaN or infinite"
-    for word, (kl, top1) in (("safe", GOOD), ("risky", BEARABLE)):
-        if row["mean_kl"] <= kl and row["top1"] >= top1:
-            return word
-    return "unsafe"
+    return agreement_verdict({"not_finite": 0} | row)
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """The rows as people read them, smallest KL first, what did not run last."""
+    """The rows as formatted text by column, smallest KL first, methods that did not run last."""
     return [
         {
             "method": row["method"],
@@ -65,7 +63,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A line a method, the best first: mean KL in each dtype on the left, megabytes on the right."""
+    """Plots mean KL in each dtype (left) and megabytes (right), a line a method, the best first."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - flows import this module
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -80,8 +78,8 @@ def draw(rows: list[Row], path: Path) -> None:
     for row in ran:
         line, word = methods.index(row["method"]), happened(row).split(":")[0]
         broken = bool(row.get("not_finite"))
-        place = 10 * highest if broken else max(row["mean_kl"], lowest)
-        left.scatter(place, line, color=colours[word], marker="x" if broken else marks[row["dtype"]], s=36)
+        x = 10 * highest if broken else max(row["mean_kl"], lowest)
+        left.scatter(x, line, color=colours[word], marker="x" if broken else marks[row["dtype"]], s=36)
         right.barh(line, row["bytes"] / 1e6, color="slategray", height=0.6)
     left.set_xscale("log")
     left.set_yticks(range(len(methods)), methods, fontsize=8)
@@ -101,7 +99,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def _cost(row: Row) -> tuple[bool, float]:
-    """Sorts by KL, what did not run or gave no finite number behind."""
+    """Sort key: mean KL, behind it methods that did not run or gave no finite number."""
     return "mean_kl" not in row or bool(row.get("not_finite")), row.get("mean_kl", 0.0)
 
 

@@ -1,12 +1,15 @@
-"""The bake-off stage with what is installed everywhere; a missing library and a failing method are rows as well."""
+"""The bake-off stage and its registry of methods; a missing library and a failing method are rows as well."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from tasks.bakeoff import BakeoffConfig
+from flows.bakeoff import every_method
+from tasks.bakeoff import METHODS, BakeoffConfig
+from tasks.bakeoff.prediction import predict
+from tasks.bakeoff.registry import Method, method
 from tasks.bakeoff.run import bake
 from tasks.bakeoff.table import draw, gguf_row, happened, markdown
 from tasks.core.job import Job
@@ -16,7 +19,7 @@ from tests.merge.test_merge import pico_rows
 from tests.planted import plant
 
 STUDENT = Path("deployments/quickstart/student")
-FORETOLD = {"verdict": "unsafe", "because": ["the residual stream reaches 1e5"], "do": []}
+UNSAFE = {"verdict": "unsafe", "because": ["the residual stream reaches 1e5"], "do": []}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("dataset")
     for name in ("calibration", "test"):
         write_rows(directory / f"{name}.jsonl", pico_rows(4))
-    targets = dict.fromkeys(("bf16", "int8_activations"), FORETOLD | {"verdict": "safe"}) | {"fp16": FORETOLD}
+    targets = dict.fromkeys(("bf16", "int8_activations"), UNSAFE | {"verdict": "safe"}) | {"fp16": UNSAFE}
     verdict = {"focus": "student", "models": {"student": {"targets": targets}}}
     (directory / "verdict.json").write_text(json.dumps(verdict))
     return directory
@@ -44,8 +47,8 @@ def test_rows_and_their_table(dataset: Path, tmp_path: Path) -> None:
         row_of(STUDENT, dataset, tmp_path / "nf4", method="bnb-nf4"),
         row_of(planted, dataset, tmp_path / "fp16", dtype="float16"),
         row_of(STUDENT, dataset, tmp_path / "quanto", method="quanto-int4-uncalibrated"),
-        gguf_row({"format": "Q4_0", "bytes": 10**6, "mean_kl": 0.2, "top1": 0.9}, 1.5, imatrix=True, weighed=7),
-        gguf_row({"format": "Q8_0", "bytes": 10**6, "mean_kl": 0.3, "top1": 0.9}, 1.5, imatrix=True, weighed=0),
+        gguf_row({"format": "Q4_0", "bytes": 10**6, "mean_kl": 0.2, "top1": 0.9}, 1.5, imatrix=True, weighed_tensors=7),
+        gguf_row({"format": "Q8_0", "bytes": 10**6, "mean_kl": 0.3, "top1": 0.9}, 1.5, imatrix=True, weighed_tensors=0),
     ]
     bf16, nf4, fp16, quanto, *_ = rows
     assert bf16["mean_kl"] < 1e-2 and bf16["tokens_per_second"] > 0 and bf16["predicted"] == happened(bf16) == "safe"
@@ -55,8 +58,8 @@ def test_rows_and_their_table(dataset: Path, tmp_path: Path) -> None:
     assert fp16["predicted"] == "unsafe" and happened(fp16).startswith("unsafe")
     assert fp16["not_finite"] == fp16["tokens"] > 0
     assert quanto["predicted"] == "unsafe"
-    if importlib.util.find_spec("optimum") is None:
-        assert happened(quanto) == "skipped: not installed: optimum"
+    if METHODS["quanto-int4-uncalibrated"].cannot_run("cuda"):
+        assert happened(quanto) == "skipped: not installed: optimum-quanto"
     lines = markdown(rows).splitlines()
     assert len(lines) == 8 and lines[2].startswith("| none | bfloat16 |")
     assert "| GGUF Q4_0 + imatrix |" in markdown(rows) and "| GGUF Q8_0, imatrix unused |" in markdown(rows)
@@ -64,13 +67,43 @@ def test_rows_and_their_table(dataset: Path, tmp_path: Path) -> None:
     assert (tmp_path / "bakeoff.png").stat().st_size > 10_000
 
 
-def test_a_method_that_fails_is_a_row(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.bakeoff.methods import METHODS  # noqa: PLC0415
-
-    def torn(source: object) -> None:
+def test_failing_method_is_a_row(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: object) -> None:
         raise RuntimeError("Hessian inversion failed\nand more")
 
-    monkeypatch.setitem(METHODS, "none", torn)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "none", METHODS["none"]._replace(quantize=fail))
     row = row_of(STUDENT, dataset, tmp_path / "out")
     assert happened(row) == "failed: RuntimeError: Hessian inversion failed"
     assert "-" in markdown([row])
+
+
+@pytest.fixture
+def int8_everything(monkeypatch: pytest.MonkeyPatch) -> Method:
+    """A method that a decorator adds, and that the test takes out again."""
+    monkeypatch.setitem(METHODS, "dummy", METHODS["none"])
+
+    @method("dummy", "int8 everywhere", library="no-such-library", targets=("int8_activations",))
+    def quantize(source: object) -> None:
+        raise AssertionError("must not run without its library")
+
+    return METHODS["dummy"]
+
+
+def test_decorated_function_is_a_method(int8_everything: Method, dataset: Path, tmp_path: Path) -> None:
+    """One object adds it to the config, the form's choices, the flow's list, the prediction and the skipped rows."""
+    assert BakeoffConfig(method="dummy").method == "dummy"
+    with pytest.raises(ValidationError, match="no method 'dumy', only none, bnb-int8, .*, dummy"):
+        BakeoffConfig(method="dumy")
+    assert BakeoffConfig.model_json_schema()["properties"]["method"]["enum"] == list(METHODS)
+    assert [config.method for config in every_method()].count("dummy") == 2
+    verdict = {"models": {"it": {"targets": {name: UNSAFE for name in ("int8_activations",)}}}, "focus": "it"}
+    verdict["models"]["it"]["targets"]["bf16"] = UNSAFE | {"verdict": "safe"}  # type: ignore[index]
+    assert predict(int8_everything, "bfloat16", verdict) == {"predicted": "unsafe", "because": UNSAFE["because"][0]}
+    row = row_of(STUDENT, dataset, tmp_path / "out", method="dummy")
+    assert row["title"] == "int8 everywhere" and row["predicted"] == "safe"
+    assert happened(row) == "skipped: not installed: no-such-library" and "| dummy | bfloat16 | - |" in markdown([row])
+
+
+def test_method_that_needs_a_gpu_is_skipped_on_a_cpu() -> None:
+    awq = METHODS["awq"]._replace(library="")
+    assert awq.cannot_run("cpu") == "needs a GPU, and runs on cpu" and awq.cannot_run("cuda") is None
