@@ -51,8 +51,24 @@ def _reached(module: str) -> dict[str, ast.Module]:
             continue
         tree = ast.parse(path.read_bytes())
         found[name] = _WithoutDocstrings().visit(tree)
-        queue += _imports(tree)
+        imported = list(_imports(tree))
+        queue += imported
+        if _discovers_modules(tree):
+            queue += (module for package in imported for module in _modules(package))
     return found
+
+
+def _discovers_modules(tree: ast.Module) -> bool:
+    """Whether a module imports what `pkgutil.iter_modules` lists, as a registry does with the modules of a package."""
+    return any(isinstance(node, ast.Attribute) and node.attr == "iter_modules" for node in ast.walk(tree))
+
+
+def _modules(package: str) -> list[str]:
+    """The modules directly in a package of `tasks`; none for a module."""
+    path = _source(package)
+    if path is None or path.name != "__init__.py":
+        return []
+    return [f"{package}.{file.stem}" for file in sorted(path.parent.glob("*.py"))]
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

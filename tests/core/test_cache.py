@@ -75,6 +75,20 @@ def test_code_reached_through_imports_counts_and_nothing_else(tree: Path) -> Non
     assert keys()[0] != key and keys()[1] == other
 
 
+def test_modules_that_a_registry_discovers_count(tree: Path) -> None:
+    rules = tree / "tasks/engine/rules"
+    rules.mkdir()
+    (rules / "__init__.py").write_text("")
+    (rules / "first.py").write_text("RULE = 1\n")
+    registry = "import pkgutil\nfrom tasks.engine import rules\nRULES = list(pkgutil.iter_modules(rules.__path__))\n"
+    (tree / "tasks/engine/models/load.py").write_text(registry)
+    earlier = {digests()[0]}
+    (rules / "first.py").write_text("RULE = 2\n")
+    earlier.add(digests()[0])
+    (rules / "second.py").write_text("RULE = 3\n")
+    assert digests()[0] not in earlier and len(earlier) == 2
+
+
 def test_comments_docstrings_and_formatting_do_not_count(tree: Path) -> None:
     before = digests()
     (tree / "tasks/two/run.py").write_text("def two():\n    '''Says two, loudly.'''\n\n    return (2)\n")
@@ -90,6 +104,7 @@ def test_every_real_stage_has_a_digest_without_importing_torch() -> None:
         "for stage in stages.split():\n"
         "    assert f'tasks.{stage}.run' in _reached(f'tasks.{stage}.run'), stage\n"
         "assert 'tasks.engine.models.load' in _reached('tasks.teacher.run')\n"
+        "assert 'tasks.engine.losses.divergences.jsd' in _reached('tasks.distill.run')\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
