@@ -1,6 +1,8 @@
-"""How sure a number from a few hundred rows is: Wilson's interval, McNemar's exact test, paired differences.
+"""Confidence intervals and paired tests: Wilson's interval, McNemar's exact test, paired differences.
 
-Plain values in, plain values out; no numpy, because flows use it too.
+Plain values in, plain values out; no numpy, because flows use it too. Two models a and b on the same rows form a 2 x 2
+table, whose cells are named by a's outcome, then b's: `right_right`, `wrong_right` (only b is right), `right_wrong`
+(only a is), `wrong_wrong`.
 """
 
 import math
@@ -37,47 +39,49 @@ def wilson(hits: int, of: int, z: float = Z95) -> Rate:
     return Rate(p, min(p, max(0.0, center - half)), max(p, min(1.0, center + half)), hits, of)
 
 
-def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p that two models answer equally well (McNemar 1947): `better` and `worse` are discordant rows.
+def mcnemar(wrong_right: int, right_wrong: int) -> float:
+    """Two-sided exact p of McNemar's test (1947) that two models answer equally well, from their discordant rows.
 
     Under the null either side of a discordant row is as likely: twice the binomial tail, at most 1.
     """
-    discordant, least = better + worse, min(better, worse)
+    discordant, smaller = wrong_right + right_wrong, min(wrong_right, right_wrong)
     if not discordant:
         return 1.0
     choose, total = 1, 0
-    for successes in range(least + 1):
+    for successes in range(smaller + 1):
         total += choose
         choose = choose * (discordant - successes) // (successes + 1)
     return min(1.0, total / (1 << (discordant - 1)))
 
 
-def paired_rates(both: int, better: int, worse: int, neither: int, z: float = Z95) -> Difference:
+def paired_rates(right_right: int, wrong_right: int, right_wrong: int, wrong_wrong: int, z: float = Z95) -> Difference:
     """Rate of b less rate of a on the same rows, with Newcombe's interval for pairs (1998, method 10).
 
-    `better`: rows only b has right, `worse`: rows only a has right. Wilson's limits of both rates, put together with
-    their correlation, so that no discordant row still leaves an interval.
+    Wilson's limits of both rates, put together with their correlation, so that no discordant row still leaves an
+    interval.
     """
-    rows = both + better + worse + neither
-    a, b = wilson(both + worse, rows, z), wilson(both + better, rows, z)
-    difference = (better - worse) / rows
-    phi = _phi(both, better, worse, neither)
+    rows = right_right + wrong_right + right_wrong + wrong_wrong
+    a, b = wilson(right_right + right_wrong, rows, z), wilson(right_right + wrong_right, rows, z)
+    difference = (wrong_right - right_wrong) / rows
+    phi = _phi(right_right, wrong_right, right_wrong, wrong_wrong)
 
     def limit(left: float, right: float) -> float:
         return math.sqrt(max(0.0, left * left - 2 * phi * left * right + right * right))
 
     low = difference - limit(b.value - b.low, a.high - a.value)
     high = difference + limit(b.high - b.value, a.value - a.low)
-    return Difference(difference, max(-1.0, low), min(1.0, high), mcnemar(better, worse))
+    return Difference(difference, max(-1.0, low), min(1.0, high), mcnemar(wrong_right, right_wrong))
 
 
-def _phi(both: int, better: int, worse: int, neither: int) -> float:
-    """The correlation of both models' correctness, continuity-corrected when positive; 0 where a margin is empty."""
-    margins = (both + better) * (neither + worse) * (both + worse) * (neither + better)
+def _phi(right_right: int, wrong_right: int, right_wrong: int, wrong_wrong: int) -> float:
+    """Correlation of the models' correctness, continuity-corrected when positive; 0 where a margin is empty."""
+    a_right, b_right = right_right + right_wrong, right_right + wrong_right
+    a_wrong, b_wrong = wrong_wrong + wrong_right, wrong_wrong + right_wrong
+    margins = b_right * b_wrong * a_right * a_wrong
     if not margins:
         return 0.0
-    product = both * neither - better * worse
-    rows = both + better + worse + neither
+    product = right_right * wrong_wrong - wrong_right * right_wrong
+    rows = right_right + wrong_right + right_wrong + wrong_wrong
     return max(product - rows / 2, 0.0) / math.sqrt(margins) if product > 0 else product / math.sqrt(margins)
 
 
@@ -85,7 +89,7 @@ def paired_means(differences: list[float], z: float = Z95) -> Difference:
     """The mean of row-wise differences with its normal interval and a two-sided z test; rows must be above 0."""
     count = len(differences)
     mean = math.fsum(differences) / count
-    variance = math.fsum((one - mean) ** 2 for one in differences) / max(1, count - 1)
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / max(1, count - 1)
     error = math.sqrt(variance / count)
     p = 2 * (1 - NormalDist().cdf(abs(mean) / error)) if error else float(mean == 0)
     return Difference(mean, mean - z * error, mean + z * error, p)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 RESAMPLES = 1000
 SEED = 0
 Counts = NDArray[np.int64]
-Kind = TypeVar("Kind", bound=Hashable)
+Category = TypeVar("Category", bound=Hashable)
 
 
 class Estimate(NamedTuple):
@@ -24,20 +24,25 @@ class Estimate(NamedTuple):
     high: float
 
 
-def over_kinds(rows: Sequence[Kind], statistic: Callable[[list[Kind], Counts], NDArray[np.float64]]) -> Estimate:
-    """For rows of few kinds: `statistic(kinds, counts)` takes how often each kind occurs, [resamples, kinds]."""
-    found = Counter(rows)
-    kinds = sorted(found, key=repr)
-    counts = np.array([found[kind] for kind in kinds])
-    drawn = np.random.default_rng(SEED).multinomial(len(rows), counts / len(rows), size=RESAMPLES)
-    value = float(statistic(kinds, counts[None])[0])
-    return _estimate(value, statistic(kinds, drawn))
+def bootstrap_categories(
+    rows: Sequence[Category], statistic: Callable[[list[Category], Counts], NDArray[np.float64]]
+) -> Estimate:
+    """For rows that fall into few categories: resamples their counts, which is the same and much faster.
+
+    `statistic(categories, counts)` scores every resample; counts are [resamples, categories].
+    """
+    frequencies = Counter(rows)
+    categories = sorted(frequencies, key=repr)
+    counts = np.array([frequencies[category] for category in categories])
+    resampled = np.random.default_rng(SEED).multinomial(len(rows), counts / len(rows), size=RESAMPLES)
+    value = float(statistic(categories, counts[None])[0])
+    return _estimate(value, statistic(categories, resampled))
 
 
-def over_values(values: Sequence[float]) -> Estimate:
+def bootstrap_mean(values: Sequence[float]) -> Estimate:
     """The mean of a number a row."""
-    array, chance = np.asarray(values, np.float64), np.random.default_rng(SEED)
-    means = [array[chance.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
+    array, generator = np.asarray(values, np.float64), np.random.default_rng(SEED)
+    means = [array[generator.integers(len(array), size=len(array))].mean() for _ in range(RESAMPLES)]
     return _estimate(float(array.mean()), np.array(means))
 
 

@@ -1,4 +1,4 @@
-"""What both ways of generating take and give: prompts as token ids in, answers as token ids out."""
+"""Interface of both engines, Hugging Face and llama.cpp: prompts as token ids in, answers as token ids out."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -6,35 +6,35 @@ from typing import Any, NamedTuple, Protocol
 from tasks.core.errors import BadData
 
 Schema = dict[str, Any]
-Whole = Callable[[list[int]], bool]
-"""Whether an answer, given as ids, is all that was wanted: its last id has just come."""
+CompletionCheck = Callable[[list[int]], bool]
+"""Whether an answer, as the ids so far, is complete and generation may stop."""
 
 
-class Asked(NamedTuple):
-    """Prompts as ids, and the ids that end an answer; the same for Hugging Face and llama.cpp.
+class GenerationRequest(NamedTuple):
+    """Prompts as token ids, the ids that end an answer, and limits.
 
-    `rows` says which row of the test file (from 0) each prompt is, for messages. `whole` ends an answer early.
+    `row_numbers` are the prompts' rows in the test file (from 0), for messages. `is_complete` ends an answer early.
     """
 
-    rows: list[int]
+    row_numbers: list[int]
     prompts: list[list[int]]
-    ends: frozenset[int]
+    end_ids: frozenset[int]
     max_new_tokens: int
     batch_size: int
     threads: int
-    whole: Whole | None = None
+    is_complete: CompletionCheck | None = None
 
 
-class Answered(NamedTuple):
-    """Answers as ids, the end token left out; `generated` counts all tokens made, ends too, in `seconds`."""
+class Generation(NamedTuple):
+    """Answers as ids without the end token; `tokens` counts all that were generated in `seconds`, end tokens too."""
 
     answers: list[list[int]]
-    generated: int
+    tokens: int
     seconds: float
 
 
 class Latency(NamedTuple):
-    """One row asked alone: seconds to its first token, seconds to its end, and tokens made, the end too."""
+    """One prompt with nothing else running: seconds to the first token and to the end, and tokens, the end too."""
 
     first_token: float
     total: float
@@ -42,7 +42,7 @@ class Latency(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Ids whose probability is wanted from place `start` (at least 1) on."""
+    """Token ids; the loss is taken from position `start` (at least 1) on."""
 
     input_ids: list[int]
     start: int
@@ -56,40 +56,43 @@ class Loss(NamedTuple):
 
 
 class Engine(Protocol):
-    """A loaded model, in Hugging Face or in llama.cpp. All raise GateFailed where logits are NaN or infinite."""
+    """A loaded model, in Hugging Face or in llama.cpp. All raise GateFailed where logits are NaN or infinite.
 
-    def answer(self, places: Sequence[int], schema: Schema | None = None) -> Answered:
-        """Answers prompts (by place in `Asked.prompts`) many at a time, held to a JSON schema where one is given."""
+    Prompts are named by their index in `GenerationRequest.prompts`.
+    """
 
-    def alone(self, place: int) -> Latency:
+    def generate(self, indices: Sequence[int], schema: Schema | None = None) -> Generation:
+        """Answers prompts, many at a time, constrained to a JSON schema where one is given."""
+
+    def time_single(self, index: int) -> Latency:
         """Answers one prompt with nothing else running."""
 
     def loss(self, texts: Sequence[Text]) -> Loss:
-        """What the texts cost the model."""
+        """Cross-entropy of the texts, summed."""
 
     def parameters(self) -> dict[str, Any]:
         """Statistics of the weights; see `tasks.evaluate.parameters`."""
 
 
-def cut(ids: list[int], asked: Asked) -> list[int]:
-    """The ids before the first end token, and no more than a whole answer."""
-    ids = next((ids[:i] for i, token in enumerate(ids) if token in asked.ends), ids)
-    if asked.whole is not None:
-        return next((ids[: i + 1] for i in range(len(ids)) if asked.whole(ids[: i + 1])), ids)
+def truncate(ids: list[int], request: GenerationRequest) -> list[int]:
+    """The ids before the first end token, and no more than a complete answer."""
+    ids = next((ids[:i] for i, token in enumerate(ids) if token in request.end_ids), ids)
+    if request.is_complete is not None:
+        return next((ids[: i + 1] for i in range(len(ids)) if request.is_complete(ids[: i + 1])), ids)
     return ids
 
 
-def spread(total: int, wanted: int) -> list[int]:
-    """`wanted` places out of `total`, evenly spread; all of them when there are fewer."""
-    count = min(total, wanted)
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """`count` indices out of `total`, evenly spread; all of them when there are fewer."""
+    count = min(total, count)
     return [i * total // count for i in range(count)]
 
 
-def check_lengths(asked: Asked, context: int) -> None:
+def check_lengths(request: GenerationRequest, context: int) -> None:
     """Raises BadData when a prompt and its answer would not fit into the model's context of `context` tokens."""
-    longest, row = max(zip(map(len, asked.prompts), asked.rows, strict=True))
-    if longest + asked.max_new_tokens > context:
+    longest, row = max(zip(map(len, request.prompts), request.row_numbers, strict=True))
+    if longest + request.max_new_tokens > context:
         raise BadData(
-            f"row {row} of the test file has {longest} prompt tokens; with max_new_tokens={asked.max_new_tokens} "
+            f"row {row} of the test file has {longest} prompt tokens; with max_new_tokens={request.max_new_tokens} "
             f"that is more than the model's context of {context}. Lower max_new_tokens or take the row out"
         )

@@ -1,8 +1,8 @@
-"""Greedy decoding of many prompts in a few slots that are filled again as soon as rows end.
+"""Greedy decoding with continuous batching: slots are refilled as soon as rows end.
 
-All rows write their next key and value into the same column of one cache; a row that joins late has its prompt laid
-just before that column, and everything left of it masked. Columns that no living row uses are dropped. So no row waits
-for the batch's slowest, no architecture needs to know, and each row's positions count from its own first token.
+All rows write their next key and value into the same column of one cache; the prompt of a row that joins late ends just
+before that column, and everything left of it is masked. Columns that no unfinished row uses are dropped. So no row
+waits for the batch's slowest, any architecture works, and each row's positions count from its own first token.
 """
 
 import time
@@ -15,68 +15,71 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tasks.evaluate.generation import Asked, Latency
+from tasks.evaluate.generation import GenerationRequest, Latency
 
-ROOM = 64
-"""Columns added to the cache at once."""
+CACHE_GROWTH = 64
+"""Columns that are added to the cache at once."""
 
 
 class Guide(Protocol):
-    """Holds answers to a grammar; rows are named by their place in `Asked.prompts`."""
+    """Constrains answers to a grammar; rows are named by their index in `GenerationRequest.prompts`."""
 
-    def allow(self, places: Sequence[int], logits: Tensor) -> Tensor:
-        """The logits [rows, vocabulary] with what may not come next at -inf."""
+    def allow(self, indices: Sequence[int], logits: Tensor) -> Tensor:
+        """The logits [rows, vocabulary] with -inf for tokens that the grammar does not allow next."""
 
-    def accept(self, place: int, token: int) -> None:
-        """The row goes on with this token."""
+    def accept(self, index: int, token: int) -> None:
+        """Advances the row's grammar by this token."""
 
 
 class NotFinite(Exception):
-    """The row at `place` has NaN or infinite logits."""
+    """The row `index` has NaN or infinite logits."""
 
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
 
 
 class _Columns(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """A layer's keys and values [rows, heads, columns, head width], with room to write the next columns in place."""
+    """A layer's keys and values [rows, heads, columns, head width], in buffers with room for the next columns."""
 
     keys: Tensor
     values: Tensor
-    room: list[Tensor]
+    buffers: list[Tensor]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keep(key_states, value_states)
+            self.reset(key_states, value_states)
             return key_states, value_states
         old, new = self.keys.shape[2], key_states.shape[2]
-        if old + new > self.room[0].shape[2]:
-            self.keep(self.keys, self.values)
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, old : old + new] = states
-        self.keys, self.values = (room[:, :, : old + new] for room in self.room)
+        if old + new > self.buffers[0].shape[2]:
+            self.reset(self.keys, self.values)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, old : old + new] = states
+        self.keys, self.values = (buffer[:, :, : old + new] for buffer in self.buffers)
         return self.keys, self.values
 
-    def keep(self, keys: Tensor, values: Tensor) -> None:
-        """Takes these as its contents, with new room behind them."""
-        self.room = [torch.nn.functional.pad(states, (0, 0, 0, ROOM)) for states in (keys, values)]
-        self.keys, self.values = (room[:, :, : keys.shape[2]] for room in self.room)
+    def reset(self, keys: Tensor, values: Tensor) -> None:
+        """Copies these into new buffers with room for CACHE_GROWTH more columns."""
+        self.buffers = [torch.nn.functional.pad(states, (0, 0, 0, CACHE_GROWTH)) for states in (keys, values)]
+        self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self.buffers)
 
 
 class _Batch:
-    """The rows in the slots. `answers` are their ids so far; a dead row stays until the next `keep`."""
+    """The rows in the slots. `answers` are their ids so far; a finished row stays until `drop_finished`."""
 
-    def __init__(self, model: PreTrainedModel, asked: Asked, guide: Guide | None, places: list[int]) -> None:
-        self.asked, self.guide, self.places = asked, guide, places
-        self.answers: list[list[int]] = [[] for _ in places]
-        self.alive = [True] * len(places)
-        prompts = [asked.prompts[place] for place in places]
+    def __init__(
+        self, model: PreTrainedModel, request: GenerationRequest, guide: Guide | None, indices: list[int]
+    ) -> None:
+        self.request, self.guide, self.indices = request, guide, indices
+        self.answers: list[list[int]] = [[] for _ in indices]
+        self.active = [True] * len(indices)
+        prompts = [request.prompts[index] for index in indices]
         width = max(map(len, prompts))
-        pad = min(asked.ends)  # masked, so any id serves
-        ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts], device=model.device)
-        self.mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=model.device)
+        pad = min(request.end_ids)  # masked, so any id serves
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        self.mask = torch.tensor(mask, device=model.device)
         self.length = self.mask.sum(1, keepdim=True)
         self.cache = Cache(layer_class_to_replicate=_Columns)
         self.forward(model, ids, (self.mask.cumsum(1) - 1).clamp(min=0))
@@ -87,99 +90,102 @@ class _Batch:
         return cast(list[_Columns], self.cache.layers)
 
     def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> None:
-        """Runs the model on the newest columns and takes each row's next token."""
+        """Runs the model on the newest columns and appends each row's next token."""
         logits = model(
             input_ids=ids, attention_mask=self.mask, position_ids=positions, past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1].float()  # fmt: skip
         broken = ~(logits.amax(-1).isfinite() & logits.amin(-1).isfinite())
         if self.guide is not None:
-            logits = self.guide.allow(self.places, logits)
+            logits = self.guide.allow(self.indices, logits)
         self.next = logits.argmax(-1, keepdim=True)
-        tokens = torch.where(broken, -1, self.next[:, 0]).tolist()  # the one time a step that the device is waited for
+        tokens = torch.where(broken, -1, self.next[:, 0]).tolist()  # the only synchronization with the device in a step
         for row, token in enumerate(tokens):
-            if self.alive[row]:
-                self._take(row, token)
+            if self.active[row]:
+                self._append(row, token)
 
-    def _take(self, row: int, token: int) -> None:
+    def _append(self, row: int, token: int) -> None:
         if token < 0:
-            raise NotFinite(self.places[row])
-        answer, asked = self.answers[row], self.asked
+            raise NotFinite(self.indices[row])
+        answer, request = self.answers[row], self.request
         answer.append(token)
-        ended = token in asked.ends or len(answer) >= asked.max_new_tokens
-        self.alive[row] = not (ended or (asked.whole is not None and asked.whole(answer)))
-        if self.guide is not None and self.alive[row]:
-            self.guide.accept(self.places[row], token)
+        ended = token in request.end_ids or len(answer) >= request.max_new_tokens
+        self.active[row] = not (ended or (request.is_complete is not None and request.is_complete(answer)))
+        if self.guide is not None and self.active[row]:
+            self.guide.accept(self.indices[row], token)
 
     def step(self, model: PreTrainedModel) -> None:
-        """One more token for every row; a dead row's is thrown away."""
+        """Generates one more token for every row; a finished row's is thrown away."""
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         self.forward(model, self.next, self.length)
         self.length += 1
 
-    def keep(self) -> "_Batch":
-        """Itself without its dead rows, and without the columns that only they used."""
-        rows = [row for row, alive in enumerate(self.alive) if alive]
-        self.places, self.answers = [self.places[row] for row in rows], [self.answers[row] for row in rows]
-        self.alive = [True] * len(rows)
+    def drop_finished(self) -> "_Batch":
+        """Removes finished rows, and the columns that only they used; returns itself."""
+        rows = [row for row, active in enumerate(self.active) if active]
+        self.indices, self.answers = [self.indices[row] for row in rows], [self.answers[row] for row in rows]
+        self.active = [True] * len(rows)
         index = torch.tensor(rows, device=self.mask.device)
-        self.mask, self.length, self.next = (one[index] for one in (self.mask, self.length, self.next))
+        self.mask, self.length, self.next = self.mask[index], self.length[index], self.next[index]
         first = int(self.mask.argmax(1).min())
         self.mask = self.mask[:, first:]
         for layer in self.layers:
-            layer.keep(layer.keys[index, :, first:], layer.values[index, :, first:])
+            layer.reset(layer.keys[index, :, first:], layer.values[index, :, first:])
         return self
 
     def join(self, other: "_Batch") -> "_Batch":
-        """Itself with the rows of another batch, so that the newest column of both is the same one."""
-        self.places += other.places
+        """Appends the rows of another batch, aligned at the newest column; returns itself."""
+        self.indices += other.indices
         self.answers += other.answers
-        self.alive += other.alive
-        short = max(self.mask.shape[1], other.mask.shape[1])
+        self.active += other.active
+        width = max(self.mask.shape[1], other.mask.shape[1])
 
-        def stacked(ours: Tensor, theirs: Tensor, dim: int) -> Tensor:
-            """Both below each other, the narrower one moved to the right."""
-            behind = [0] * (2 * (ours.ndim - 1 - dim))
-            pads = [[*behind, short - one.shape[dim], 0] for one in (ours, theirs)]
-            both = [torch.nn.functional.pad(one, pad) for one, pad in zip((ours, theirs), pads, strict=True)]
-            return torch.cat(both)
+        def stack(tensors: tuple[Tensor, Tensor], dim: int) -> Tensor:
+            """Concatenates along the rows, the narrower one padded on the left of `dim`."""
+            trailing = [0] * (2 * (tensors[0].ndim - 1 - dim))
+            pads = [[*trailing, width - tensor.shape[dim], 0] for tensor in tensors]
+            return torch.cat([torch.nn.functional.pad(*padded) for padded in zip(tensors, pads, strict=True)])
 
-        self.mask = stacked(self.mask, other.mask, 1)
+        self.mask = stack((self.mask, other.mask), 1)
         self.length, self.next = torch.cat([self.length, other.length]), torch.cat([self.next, other.next])
         for layer, new in zip(self.layers, other.layers, strict=True):
-            layer.keep(stacked(layer.keys, new.keys, 2), stacked(layer.values, new.values, 2))
+            layer.reset(stack((layer.keys, new.keys), 2), stack((layer.values, new.values), 2))
         return self
 
 
 @torch.inference_mode()
 def decode(
-    model: PreTrainedModel, asked: Asked, places: Sequence[int], slots: int, guide: Guide | None = None
+    model: PreTrainedModel,
+    request: GenerationRequest,
+    indices: Sequence[int],
+    slots: int,
+    guide: Guide | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yields (place, answer's ids, an end token included) as rows end; prompts of like length start together.
+    """Yields (index, answer's ids, an end token included) as rows end; prompts of like length start together.
 
-    Slots are filled again when a quarter of them is free. Raises NotFinite.
+    Slots are refilled when a quarter of them is free. Raises NotFinite.
     """
-    waiting = deque(sorted(places, key=lambda place: (-len(asked.prompts[place]), place)))
+    waiting = deque(sorted(indices, key=lambda index: (-len(request.prompts[index]), index)))
     batch: _Batch | None = None
     while waiting or batch is not None:
-        if batch is not None and 4 * batch.alive.count(False) >= len(batch.alive):
-            ended = [row for row, alive in enumerate(batch.alive) if not alive]
-            yield from [(batch.places[row], batch.answers[row]) for row in ended]
-            batch = batch.keep() if any(batch.alive) else None
-        free = slots - (len(batch.places) if batch is not None else 0)
+        if batch is not None and 4 * batch.active.count(False) >= len(batch.active):
+            ended = [row for row, active in enumerate(batch.active) if not active]
+            yield from [(batch.indices[row], batch.answers[row]) for row in ended]
+            batch = batch.drop_finished() if any(batch.active) else None
+        free = slots - (len(batch.indices) if batch is not None else 0)
         if waiting and 4 * free >= slots:
-            new = _Batch(model, asked, guide, [waiting.popleft() for _ in range(min(free, len(waiting)))])
+            new = _Batch(model, request, guide, [waiting.popleft() for _ in range(min(free, len(waiting)))])
             batch = new if batch is None else batch.join(new)
-        if batch is not None and any(batch.alive):
+        if batch is not None and any(batch.active):
             batch.step(model)
 
 
 @torch.inference_mode()
-def decode_alone(model: PreTrainedModel, asked: Asked, place: int) -> Latency:
-    """One row in one slot, timed. Raises NotFinite."""
+def decode_single(model: PreTrainedModel, request: GenerationRequest, index: int) -> Latency:
+    """Decodes one row in one slot and times it. Raises NotFinite."""
     start = time.perf_counter()
-    batch = _Batch(model, asked, None, [place])
+    batch = _Batch(model, request, None, [index])
     first = time.perf_counter() - start
-    while batch.alive[0]:
+    while batch.active[0]:
         batch.step(model)
     return Latency(first, time.perf_counter() - start, len(batch.answers[0]))

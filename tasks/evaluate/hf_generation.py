@@ -1,4 +1,4 @@
-"""Answers from a Hugging Face model: base, adapter, merged, or in 4 bits."""
+"""Answers and losses of a Hugging Face model: base, adapter, merged, in 8 or 4 bits."""
 
 import logging
 import time
@@ -15,12 +15,12 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.data.collator import collate, to_device
-from tasks.engine.losses import cross_entropy
+from tasks.engine.losses.chunked import cross_entropy
 from tasks.engine.models.lm_head import head_of, hidden_states, unwrap
 from tasks.engine.models.load import load_model
 from tasks.evaluate.constrained_decoding import SchemaGuide
-from tasks.evaluate.generation import Answered, Asked, Latency, Loss, Schema, Text, cut
-from tasks.evaluate.greedy_decoding import NotFinite, decode, decode_alone
+from tasks.evaluate.generation import Generation, GenerationRequest, Latency, Loss, Schema, Text, truncate
+from tasks.evaluate.greedy_decoding import NotFinite, decode, decode_single
 from tasks.evaluate.parameters import model_statistics
 
 LOSS_TOKENS = 4096
@@ -31,30 +31,36 @@ class HfEngine:
     """A `tasks.evaluate.generation.Engine` on a loaded model."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Asked, slots: int, job: Job
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        request: GenerationRequest,
+        slots: int,
+        job: Job,
     ) -> None:
-        self.model, self.tokenizer, self.asked, self.slots, self.job = model, tokenizer, asked, slots, job
+        self.model, self.tokenizer, self.request = model, tokenizer, request
+        self.slots, self.job = slots, job
 
-    def answer(self, places: Sequence[int], schema: Schema | None = None) -> Answered:
-        """All prompts, in `slots` slots that are filled again as rows end."""
+    def generate(self, indices: Sequence[int], schema: Schema | None = None) -> Generation:
+        """Answers all prompts in `slots` slots that are refilled as rows end."""
         guide = None
         if schema is not None:
             width = self.model.config.get_text_config().vocab_size
-            guide = SchemaGuide(self.tokenizer, schema, self.asked, width)
+            guide = SchemaGuide(self.tokenizer, schema, self.request, width)
         answers: dict[int, list[int]] = {}
-        generated, start = 0, time.perf_counter()
+        tokens, start = 0, time.perf_counter()
         with self._finite():
-            for place, ids in decode(self.model, self.asked, places, self.slots, guide):
-                answers[place] = cut(ids, self.asked)
-                generated += len(ids)
-                rate = generated / (time.perf_counter() - start)
-                self.job.progress(len(answers), len(places), "rows", f"{rate:.0f} tokens/s")
-        return Answered([answers[place] for place in places], generated, time.perf_counter() - start)
+            for index, ids in decode(self.model, self.request, indices, self.slots, guide):
+                answers[index] = truncate(ids, self.request)
+                tokens += len(ids)
+                rate = tokens / (time.perf_counter() - start)
+                self.job.progress(len(answers), len(indices), "rows", f"{rate:.0f} tokens/s")
+        return Generation([answers[index] for index in indices], tokens, time.perf_counter() - start)
 
-    def alone(self, place: int) -> Latency:
-        """One prompt in a batch of one."""
+    def time_single(self, index: int) -> Latency:
+        """Answers one prompt in a batch of one."""
         with self._finite():
-            return decode_alone(self.model, self.asked, place)
+            return decode_single(self.model, self.request, index)
 
     @torch.inference_mode()
     def loss(self, texts: Sequence[Text]) -> Loss:
@@ -78,25 +84,25 @@ class HfEngine:
         try:
             yield
         except NotFinite as error:
+            row = self.request.row_numbers[error.index]
             raise GateFailed(
-                f"row {self.asked.rows[error.place]} of the test file: logits are NaN or infinite. In float16 Gemma 3 "
+                f"row {row} of the test file: logits are NaN or infinite. In float16 Gemma 3 "
                 "overflows: use bfloat16 or float32; else the weights are broken, which the outlier report shows"
             ) from error
 
 
 @contextmanager
 def hf_engine(
-    model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, asked: Asked, load_in: str, job: Job
+    model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, request: GenerationRequest, load_in: str, job: Job
 ) -> Iterator[HfEngine]:
-    """The model, loaded `original`, in `int8` or in `nf4`; after an out-of-memory error (`Job.rung`) with half the
-    slots."""
-    torch.set_num_threads(asked.threads)
-    if load_in == "int8":  # every product would tell that its inputs are cast
+    """The model, loaded `original`, in `int8` or in `nf4`; each out-of-memory error (`Job.rung`) halves the slots."""
+    torch.set_num_threads(request.threads)
+    if load_in == "int8":  # it logs the cast of every input
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     loaded = load_model(model_dir, four_bit=load_in == "nf4", eight_bit=load_in == "int8")
     if isinstance(loaded, PeftModel) and loaded.dtype == torch.float32 and load_in == "original":
         loaded = loaded.merge_and_unload()  # the same function in half the operations
-    yield HfEngine(unwrap(loaded), tokenizer, asked, max(1, asked.batch_size >> job.rung), job)
+    yield HfEngine(unwrap(loaded), tokenizer, request, max(1, request.batch_size >> job.rung), job)
 
 
 def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:

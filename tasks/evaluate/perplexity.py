@@ -1,4 +1,4 @@
-"""What a model's perplexity is measured on: the held-out rows' expected answers, and windows of general text."""
+"""Texts that a model's perplexity is measured on: the held-out rows' expected answers, and windows of general text."""
 
 import math
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.core.errors import BadData
 from tasks.core.rows import Row
-from tasks.engine.data.chat_template import IGNORE, encode, prompt_ids, turn_end
+from tasks.engine.data.chat_template import IGNORE, encode, end_of_turn_id, prompt_ids
 from tasks.evaluate.generation import Engine, Text
 
 WINDOW = 256
-"""Tokens of general text that are read together."""
+"""Tokens of a window of general text."""
 
 
-def answers(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Text]:
-    """Each row with its expected answer and end of turn; only those count."""
-    end, found = turn_end(tokenizer), []
+def expected_answers(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Text]:
+    """Each row with its expected answer and end of turn; only those count in the loss."""
+    end, texts = end_of_turn_id(tokenizer), []
     for row in rows:
         example = encode(tokenizer, row, end)
         start = next(i for i, label in enumerate(example.labels) if label != IGNORE)
-        found.append(Text(example.input_ids, start))
-    return found
+        texts.append(Text(example.input_ids, start))
+    return texts
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, directory: Path, tokens: int) -> list[Text]:
@@ -32,17 +32,16 @@ def windows(tokenizer: PreTrainedTokenizerBase, directory: Path, tokens: int) ->
     """
     files = sorted(path for path in directory.rglob("*.txt") if path.is_file())
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    first = [
-        one for one in prompt_ids(tokenizer, [{"role": "user", "content": "x"}])[:1] if one == tokenizer.bos_token_id
-    ]
+    prompt = prompt_ids(tokenizer, [{"role": "user", "content": "x"}])
+    prefix = [token for token in prompt[:1] if token == tokenizer.bos_token_id]
     ids = list(tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"])[:tokens]
     if len(ids) < 2:
         raise BadData(f"{directory} holds no text (*.txt): give general text, or set text_tokens=0")
-    found = [Text([*first, *ids[start : start + WINDOW]], 1) for start in range(0, len(ids), WINDOW)]
-    return [one for one in found if len(one.input_ids) > 1]
+    texts = [Text([*prefix, *ids[start : start + WINDOW]], 1) for start in range(0, len(ids), WINDOW)]
+    return [text for text in texts if len(text.input_ids) > 1]
 
 
 def perplexity(engine: Engine, texts: Sequence[Text]) -> dict[str, float]:
-    """exp of the mean negative log-likelihood a token, and over how many tokens."""
+    """exp(nats / tokens), the mean negative log-likelihood a token exponentiated, and over how many tokens."""
     loss = engine.loss(texts)
     return {"perplexity": math.exp(min(700.0, loss.nats / loss.tokens)), "tokens": float(loss.tokens)}

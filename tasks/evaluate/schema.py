@@ -1,7 +1,7 @@
-"""The JSON schema that training answers have in common, and whether an answer keeps to it.
+"""Infers the JSON schema of the training answers, and validates answers against it.
 
-One object type an intent, where answers have one: its entities differ. Keys keep their usual order, those that every
-answer has are required, others may be left out, unknown ones are not allowed.
+One object type an intent, where answers have one, for entities differ by intent. Keys are in their usual order; those
+that every answer has are required, others optional, unknown ones not allowed.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 from tasks.evaluate.generation import Schema
 
 Value = dict[str, Any]
+SchemaCheck = Callable[[Any], bool]
 NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 
 
@@ -28,31 +29,31 @@ def infer_schema(answers: Iterable[str]) -> Schema | None:
         objects.append(value)
     if not objects:
         return None
-    if not all(isinstance(one.get("intent"), str) for one in objects):
+    if not all(isinstance(value.get("intent"), str) for value in objects):
         return _object(objects)
     by_intent: dict[str, list[Value]] = defaultdict(list)
-    for one in objects:
-        by_intent[one["intent"]].append(one)
+    for value in objects:
+        by_intent[value["intent"]].append(value)
     kinds = [_object(group) for _, group in sorted(by_intent.items())]
     for kind, name in zip(kinds, sorted(by_intent), strict=True):
         kind["properties"]["intent"] = {"const": name}
     return {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
 
 
-def held_to(schema: Schema, answers: Sequence[str]) -> Schema:
-    """The schema as decoding is held to it: spaced as all these answers are, or else as `json.dumps` does.
+def decoding_schema(schema: Schema, answers: Sequence[str]) -> Schema:
+    """The schema for constrained decoding: spacing fixed to that of these answers, or else to that of `json.dumps`.
 
-    Free spacing would let an unsure model write white space for ever. `x-guidance` is llguidance's word, which
-    llama.cpp's server understands where it was built with it, as xllamacpp is.
+    Free spacing would let an unsure model write white space for ever. `x-guidance` is llguidance's key, which
+    llama.cpp's server reads where it was built with llguidance, as xllamacpp is.
     """
-    compact = bool(answers) and all(_compact(one) == one for one in answers)
+    compact = bool(answers) and all(_compact(answer) == answer for answer in answers)
     item, key = (",", ":") if compact else (", ", ": ")
     spacing = {"whitespace_flexible": False, "item_separator": item, "key_separator": key}
     return {**schema, "x-guidance": spacing}
 
 
-def checker(schema: Schema) -> Callable[[Any], bool]:
-    """A function that says whether a value keeps to the schema."""
+def schema_validator(schema: Schema) -> SchemaCheck:
+    """A function that tells whether a value is valid under the schema."""
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - not for free text
 
     validator = Draft202012Validator(schema)
@@ -60,34 +61,34 @@ def checker(schema: Schema) -> Callable[[Any], bool]:
 
 
 def _object(values: Sequence[Value]) -> Schema:
-    places: dict[str, list[int]] = defaultdict(list)
+    positions: dict[str, list[int]] = defaultdict(list)
     for value in values:
-        for place, key in enumerate(value):
-            places[key].append(place)
-    keys = sorted(places, key=lambda key: (sum(places[key]) / len(places[key]), key))
+        for position, key in enumerate(value):
+            positions[key].append(position)
+    keys = sorted(positions, key=lambda key: (sum(positions[key]) / len(positions[key]), key))
     return {
         "type": "object",
         "properties": {key: _any([value[key] for value in values if key in value]) for key in keys},
-        "required": [key for key in keys if len(places[key]) == len(values)],
+        "required": [key for key in keys if len(positions[key]) == len(values)],
         "additionalProperties": False,
     }
 
 
 def _any(values: Sequence[Any]) -> Schema:
-    """What all the values of one key have in common."""
-    found: list[Schema] = []
+    """The schema of all values of one key."""
+    kinds: list[Schema] = []
     objects = [value for value in values if isinstance(value, dict)]
     if objects:
-        found.append(_object(objects))
+        kinds.append(_object(objects))
     lists = [value for value in values if isinstance(value, list)]
     if lists:
         items = [item for value in lists for item in value]
-        found.append({"type": "array", "items": _any(items)} if items else {"type": "array"})
+        kinds.append({"type": "array", "items": _any(items)} if items else {"type": "array"})
     names = sorted({NAMES[type(value)] for value in values if not isinstance(value, (dict, list))})
     if "number" in names and "integer" in names:
         names.remove("integer")
-    found += [{"type": name} for name in names]
-    return found[0] if len(found) == 1 else {"anyOf": found}
+    kinds += [{"type": name} for name in names]
+    return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
 def _compact(answer: str) -> str:

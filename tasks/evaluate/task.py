@@ -3,12 +3,12 @@
 from prefect import task
 
 from tasks.core.refs import AnyModel, DatasetRef, FilesRef, GgufRef, ReportRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.shell import run_stage
 from tasks.evaluate import EvaluateConfig
 
 
-@task(name="evaluate", task_run_name="evaluate {label}", **TASK)
+@task(name="evaluate", task_run_name="evaluate {label}", **TASK_OPTIONS)
 def evaluate(
     config: EvaluateConfig,
     model: AnyModel,

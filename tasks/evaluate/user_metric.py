@@ -1,4 +1,4 @@
-"""A metric that the user wrote, by import path: `module:function`, called with (question, expected, answer)."""
+"""Loads the metric that the user wrote, by import path: `module:function`, called with (question, expected, answer)."""
 
 import importlib
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from numbers import Real
 
 from tasks.core.errors import BadConfig
 
-Metric = Callable[[str, str, str], float]
+UserMetric = Callable[[str, str, str], float]
 
 
-def load_metric(path: str) -> Metric:
+def load_metric(path: str) -> UserMetric:
     """The function, looked for on PYTHONPATH and in the working directory. Raises BadConfig when it is not there."""
     module, _, name = path.partition(":")
     try:

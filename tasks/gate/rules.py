@@ -1,9 +1,11 @@
 """The rules of the gate: what each compares, how much it allows, and whether the rows show that it is kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from tasks.core.errors import BadConfig
+from tasks.core.errors import BadData
+from tasks.core.metrics import primary_metric
 from tasks.core.paired_comparison import Paired, Prediction, compare, same_rows
 from tasks.gate import GateConfig
 
@@ -17,96 +19,148 @@ class Evaluation(NamedTuple):
     predictions: list[Prediction]
     scores: dict[str, Any]
 
+    @property
+    def estimates(self) -> dict[str, Any]:
+        """Every score with its interval, by name."""
+        return {**self.scores["rates"], **self.scores["means"]}
+
+
+Evaluations = Mapping[str, Evaluation]
+
 
 class Rule(NamedTuple):
-    """One rule's outcome; `said` is a sentence with the numbers, `paired` the comparison behind it."""
+    """One rule's outcome: a sentence with the numbers, and the comparison behind it.
+
+    A rule that could not be judged (`judged` is false) has not passed, and its sentence says why.
+    """
 
     name: str
     passed: bool
-    said: str
+    sentence: str
     paired: Paired | None = None
+    judged: bool = True
 
 
-def judge_rules(config: GateConfig, evaluations: Mapping[str, Evaluation]) -> list[Rule]:
-    """Every rule that the config sets and these evaluations allow. Raises BadConfig for a floor under no score."""
+class NotJudged(Exception):
+    """A rule that the config sets and these evaluations cannot decide."""
+
+
+def judge_rules(config: GateConfig, evaluations: Evaluations) -> list[Rule]:
+    """Every rule that the config sets and that these evaluations are subject to."""
     check = pick_check(config, evaluations)
-    found: list[Rule] = []
-    for name, reference, budget in _budgets(config, evaluations):
-        paired = _paired(evaluations, reference, name, check, config.confidence)
-        found.append(_within(name, reference, budget, paired, config.confidence))
+    judges: dict[str, Callable[[], Rule]] = {}
+    for model, reference, points in _budgets(config, evaluations):
+        judges[f"{model} no worse than {reference}"] = partial(
+            _within_budget, evaluations, model, reference, check, points, config.confidence
+        )
     if config.gain_points is not None and {"student", "student-base"} <= evaluations.keys():
-        paired = _paired(evaluations, "student-base", "student", check, config.confidence)
-        found.append(_gained(config.gain_points, paired, config.confidence))
-    return found + list(_floors(config, evaluations))
+        judges["student better than its base"] = partial(
+            _gain, evaluations, check, config.gain_points, config.confidence
+        )
+    for score, floor in config.floors.items():
+        for model in _deliverables(evaluations):
+            judges[f"{model} reaches {score}"] = partial(_floor, evaluations, model, score, floor)
+    return [_outcome(name, judge) for name, judge in judges.items()]
 
 
-def pick_check(config: GateConfig, evaluations: Mapping[str, Evaluation]) -> str:
+def rules_without_models(config: GateConfig, evaluations: Evaluations) -> list[str]:
+    """Rules that the config sets and no evaluation is subject to, each with what it would need."""
+    files = bool(gguf_names(evaluations))
+    needs = {
+        "student_points": (config.student_points is not None, {"student", "teacher"} <= evaluations.keys(),
+                           "evaluations of student and teacher"),
+        "gguf_points": (config.gguf_points is not None, "student" in evaluations and files,
+                        "evaluations of student and of a GGUF file"),
+        "gain_points": (config.gain_points is not None, {"student", "student-base"} <= evaluations.keys(),
+                        "evaluations of student and student-base"),
+        "floors": (bool(config.floors), bool(_deliverables(evaluations)),
+                   "an evaluation of student or of a GGUF file"),
+    }  # fmt: skip
+    return [f"{rule} needs {need}" for rule, (is_set, applies, need) in needs.items() if is_set and not applies]
+
+
+def pick_check(config: GateConfig, evaluations: Evaluations) -> str:
     """`config.check`, with `auto` decided by the answers."""
     if config.check != "auto":
         return config.check
-    structured = any(row["json_valid"] is not None for one in evaluations.values() for row in one.predictions)
-    return "exact_match" if structured else "token_f1"
+    return primary_metric({name for evaluation in evaluations.values() for name in evaluation.estimates})
 
 
-def files_of(evaluations: Mapping[str, Evaluation]) -> list[str]:
+def gguf_names(evaluations: Evaluations) -> list[str]:
     """Names of GGUF files among the evaluations."""
     return [name for name in evaluations if name not in MODELS]
 
 
-def _budgets(config: GateConfig, evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, str, float]]:
-    """(model, reference, budget in points) for every pair that is there."""
+def summary(rules: Sequence[Rule]) -> str:
+    """The sentences of the rules that did not pass; where all did, their number."""
+    if not rules:
+        return "nothing was checked: the gate had no rule to judge"
+    failures = [rule.sentence for rule in rules if not rule.passed]
+    return "; ".join(failures) if failures else f"all {len(rules)} rules are kept"
+
+
+def _outcome(name: str, judge: Callable[[], Rule]) -> Rule:
+    try:
+        return judge()
+    except (NotJudged, BadData) as error:
+        return Rule(name, False, f"{name}: cannot be judged: {error}", judged=False)
+
+
+def _deliverables(evaluations: Evaluations) -> list[str]:
+    return [name for name in ("student", *gguf_names(evaluations)) if name in evaluations]
+
+
+def _budgets(config: GateConfig, evaluations: Evaluations) -> Iterator[tuple[str, str, float]]:
+    """(model, reference, budget in points) for every pair that was evaluated."""
     if config.student_points is not None and {"student", "teacher"} <= evaluations.keys():
         yield "student", "teacher", config.student_points
     if config.gguf_points is not None and "student" in evaluations:
-        for name in files_of(evaluations):
+        for name in gguf_names(evaluations):
             yield name, "student", config.gguf_points
 
 
-def _paired(evaluations: Mapping[str, Evaluation], a: str, b: str, check: str, confidence: float) -> Paired:
+def _paired(evaluations: Evaluations, a: str, b: str, check: str, confidence: float) -> Paired:
     pairs = same_rows(evaluations[a].predictions, evaluations[b].predictions)
     paired = compare(pairs, check, "all", confidence)
     if paired is None:
-        raise BadConfig(f"no row of {b} speaks of {check}: set check to one that these answers have")
+        scores = ", ".join(sorted(evaluations[b].estimates))
+        raise NotJudged(f"no row of {b} has {check}: set gate.check to auto or a score of these answers ({scores})")
     return paired
 
 
-def _within(name: str, reference: str, budget: float, paired: Paired, confidence: float) -> Rule:
+def _within_budget(
+    evaluations: Evaluations, model: str, reference: str, check: str, points: float, confidence: float
+) -> Rule:
     """Non-inferiority: the difference's lower limit is not below the budget."""
-    passed = 100 * paired.bound >= -budget
-    said = (
-        f"{name} against {reference}: {_numbers(paired)}; at {confidence:.0%} confidence no worse than "
-        f"{-100 * paired.bound:.1f} points, allowed are {budget:g}"
+    paired = _paired(evaluations, reference, model, check, confidence)
+    passed = 100 * paired.bound >= -points
+    sentence = (
+        f"{model} against {reference}: {_numbers(paired)}; at {confidence:.0%} confidence no worse than "
+        f"{-100 * paired.bound:.1f} points, allowed are {points:g}"
     )
-    if not passed and 100 * paired.difference >= -budget:
-        said += (
-            f". The rows do not show it: evaluate on more than {paired.rows}, or allow more"
-            if paired.rows < 2000
-            else ". The rows do not show it"
-        )
-    return Rule(f"{name} no worse than {reference}", passed, said, paired)
+    if not passed and 100 * paired.difference >= -points:
+        remedy = f": evaluate on more than {paired.rows}, or allow more" if paired.rows < 2000 else ""
+        sentence += f". The rows do not show it{remedy}"
+    return Rule(f"{model} no worse than {reference}", passed, sentence, paired)
 
 
-def _gained(points: float, paired: Paired, confidence: float) -> Rule:
-    """Superiority over the base: the difference's lower limit is above the wanted gain."""
-    passed = 100 * paired.bound > points
-    said = (
+def _gain(evaluations: Evaluations, check: str, points: float, confidence: float) -> Rule:
+    """Superiority over the base: the difference's lower limit is above the gain that is asked for."""
+    paired = _paired(evaluations, "student-base", "student", check, confidence)
+    sentence = (
         f"student against its base: {_numbers(paired)}; at {confidence:.0%} confidence better by more than "
         f"{100 * paired.bound:.1f} points, wanted are more than {points:g}"
     )
-    return Rule("student better than its base", passed, said, paired)
+    return Rule("student better than its base", 100 * paired.bound > points, sentence, paired)
 
 
-def _floors(config: GateConfig, evaluations: Mapping[str, Evaluation]) -> Iterator[Rule]:
-    names = [name for name in ("student", *files_of(evaluations)) if name in evaluations]
-    for score, floor in config.floors.items():
-        for name in names:
-            scores = evaluations[name].scores
-            known = {**scores["rates"], **scores["means"]}
-            if score not in known:
-                raise BadConfig(f"floors: {name} has no score {score!r}; it has {', '.join(sorted(known))}")
-            value = known[score]["value"]
-            said = f"{name}: {score} {value:.1%}, at least {floor:.1%} is wanted"
-            yield Rule(f"{name} reaches {score}", value >= floor, said)
+def _floor(evaluations: Evaluations, model: str, score: str, floor: float) -> Rule:
+    estimates = evaluations[model].estimates
+    if score not in estimates:
+        raise NotJudged(f"no row of {model} has {score}; its scores are {', '.join(sorted(estimates))}")
+    value = estimates[score]["value"]
+    sentence = f"{model}: {score} {value:.1%}, at least {floor:.1%} is wanted"
+    return Rule(f"{model} reaches {score}", value >= floor, sentence)
 
 
 def _numbers(paired: Paired) -> str:
@@ -114,9 +168,3 @@ def _numbers(paired: Paired) -> str:
         f"{paired.check} {paired.b:.1%} instead of {paired.a:.1%} on {paired.rows} rows "
         f"({paired.better} better, {paired.worse} worse, p = {paired.p:.2g})"
     )
-
-
-def said_of(rules: Sequence[Rule]) -> str:
-    """The broken rules in a paragraph; the kept ones counted."""
-    broken = [rule.said for rule in rules if not rule.passed]
-    return "; ".join(broken) if broken else f"all {len(rules)} rules are kept"

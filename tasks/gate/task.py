@@ -1,21 +1,23 @@
-"""The gate stage's task, and what a flow does with its verdict once the report is written."""
+"""The gate stage's task, and how a flow fails by its result once the report is written."""
 
 from prefect import task
 
-from tasks.core.errors import GateFailed
+from tasks.core.errors import GateFailed, StageError
 from tasks.core.refs import ReportRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.shell import run_stage
 from tasks.gate import GateConfig
 
 
-@task(name="gate", **TASK)
+@task(name="gate", **TASK_OPTIONS)
 def gate(config: GateConfig, evaluations: dict[str, ReportRef]) -> ReportRef:
-    """The verdict over evaluations by name (`teacher`, `student`, `student-base`, GGUF kinds); it does not fail."""
+    """Judges evaluations by name (`teacher`, `student`, `student-base`, GGUF kinds); a broken rule does not fail it."""
     return run_stage("gate", config, {"evaluations": evaluations}, ReportRef, "gate")
 
 
-def require_passed(verdict: ReportRef) -> None:
-    """Raises GateFailed with the numbers of every rule that was broken."""
-    if not verdict.facts["passed"]:
-        raise GateFailed(str(verdict.facts["said"]))
+def require_passed(result: ReportRef | StageError) -> None:
+    """Raises GateFailed with the sentence of every rule that did not pass; raises the error of a gate that failed."""
+    if isinstance(result, StageError):
+        raise result
+    if not result.facts["passed"]:
+        raise GateFailed(str(result.facts["said"]))

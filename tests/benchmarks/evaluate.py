@@ -24,7 +24,7 @@ from tasks.core.refs import ModelDir
 from tasks.core.settings import Settings
 from tasks.core.store import open_store
 from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.generation import Asked
+from tasks.evaluate.generation import GenerationRequest
 from tasks.evaluate.greedy_decoding import decode
 
 HOME = Settings().root
@@ -106,17 +106,17 @@ class EndAt:
     """A guide that ends each answer after the length drawn for its row: random weights never say an end token."""
 
     def __init__(self, lengths: list[int]) -> None:
-        self.lengths, self.made = lengths, [0] * len(lengths)
+        self.lengths, self.counts = lengths, [0] * len(lengths)
 
-    def allow(self, places: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+    def allow(self, indices: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         """END alone for rows that have one token left, anything else for the others."""
-        last = torch.tensor([self.made[place] + 1 >= self.lengths[place] for place in places], device=logits.device)
+        last = torch.tensor([self.counts[i] + 1 >= self.lengths[i] for i in indices], device=logits.device)
         logits[:, END] = torch.where(last, torch.inf, -torch.inf)
         return logits
 
-    def accept(self, place: int, token: int) -> None:
-        """Counts."""
-        self.made[place] += 1
+    def accept(self, index: int, token: int) -> None:
+        """Counts the row's tokens."""
+        self.counts[index] += 1
 
 
 def loop(rows: int, shape: str, slots: int) -> None:
@@ -125,12 +125,12 @@ def loop(rows: int, shape: str, slots: int) -> None:
     prompts = prompts_of(rows, model.config.vocab_size)
     lengths = torch.randint(20, 61, (rows,), generator=torch.Generator().manual_seed(1)).tolist()
     few = range(0, rows, max(1, rows // 16))
-    asked = Asked(list(range(rows)), prompts, frozenset([END]), max(lengths), slots, 1)
-    refilled(model, asked, lengths, slots)
+    request = GenerationRequest(list(range(rows)), prompts, frozenset([END]), max(lengths), slots, 1)
+    refilled(model, request, lengths, slots)
     results = {
         "`generate`, one row at a time": one_by_one(model, [prompts[i] for i in few], [lengths[i] for i in few]),
         f"`generate`, batches of {slots}": in_batches(model, prompts, lengths, slots),
-        f"this stage, {slots} slots refilled": refilled(model, asked, lengths, slots),
+        f"this stage, {slots} slots refilled": refilled(model, request, lengths, slots),
     }
     slow = results["`generate`, one row at a time"]
     dtype = str(model.dtype).removeprefix("torch.")
@@ -140,10 +140,10 @@ def loop(rows: int, shape: str, slots: int) -> None:
         print(f"| {name} | {count / seconds:.1f} | {tokens / seconds:.0f} | {times:.1f} |", flush=True)
 
 
-def refilled(model: Any, asked: Asked, lengths: list[int], slots: int) -> tuple[int, int, float]:
+def refilled(model: Any, request: GenerationRequest, lengths: list[int], slots: int) -> tuple[int, int, float]:
     """This stage's decoding."""
     start = clock()
-    answers = dict(decode(model, asked, range(len(lengths)), slots, EndAt(lengths)))
+    answers = dict(decode(model, request, range(len(lengths)), slots, EndAt(lengths)))
     seconds = clock() - start
     assert [len(answers[i]) for i in range(len(lengths))] == lengths
     return len(lengths), sum(lengths), seconds

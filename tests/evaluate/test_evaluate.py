@@ -19,13 +19,15 @@ from tasks.core.errors import BadData, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row, write_rows
-from tasks.engine.data.chat_template import end_ids, prompt_ids
-from tasks.engine.models.load import load_tokenizer, read_config
+from tasks.engine.data.chat_template import prompt_ids, stop_token_ids
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.model_config import read_config
 from tasks.evaluate import EvaluateConfig
-from tasks.evaluate.generation import Asked, cut
+from tasks.evaluate.generation import GenerationRequest, truncate
 from tasks.evaluate.hf_generation import hf_engine
+from tasks.evaluate.inputs import complete_json
 from tasks.evaluate.llama_generation import llama_engine
-from tasks.evaluate.run import _whole_json, evaluate
+from tasks.evaluate.run import evaluate
 from tasks.gguf.convert import converting
 from tasks.gguf.tensor_types import Wanted
 from tests.pico import pico_model
@@ -88,7 +90,7 @@ def one_by_one(pico: Pico, rows: int) -> list[str]:
     """The answers by a loop of plain forward passes: no batch, no padding, no cache, no generate()."""
     model = AutoModelForCausalLM.from_pretrained(pico.model, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(ModelDir(pico.model))
-    ends, answers = end_ids(tokenizer, read_config(pico.model)), []
+    ends, answers = stop_token_ids(tokenizer, read_config(pico.model)), []
     for number in range(rows):
         ids = prompt_ids(tokenizer, row(number).prompt)
         answer: list[int] = []
@@ -226,20 +228,20 @@ def test_perplexity_is_that_of_plain_forward_passes(pico: Pico, tmp_path: Path) 
 def test_an_answer_ends_where_it_is_whole(pico: Pico, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(ModelDir(pico.model))
     prompts = [prompt_ids(tokenizer, row(number).prompt) for number in range(9)]
-    ends = frozenset(end_ids(tokenizer, read_config(pico.model)))
-    asked = Asked(list(range(9)), prompts, ends, 40, 4, 1)
-    short = asked._replace(whole=lambda ids: len(ids) == 3)
+    ends = frozenset(stop_token_ids(tokenizer, read_config(pico.model)))
+    request = GenerationRequest(list(range(9)), prompts, ends, 40, 4, 1)
+    short = request._replace(is_complete=lambda ids: len(ids) == 3)
     answers = []
-    for one in (asked, short):
-        with hf_engine(ModelDir(pico.model), tokenizer, one, "original", Job(tmp_path)) as engine:
-            answers.append(engine.answer(range(9)))
+    for prompts_and_limits in (request, short):
+        with hf_engine(ModelDir(pico.model), tokenizer, prompts_and_limits, "original", Job(tmp_path)) as engine:
+            answers.append(engine.generate(range(9)))
     with llama_engine(pico.gguf / "model.gguf", short, Job(tmp_path)) as engine:
-        answers.append(engine.answer(range(9)))
+        answers.append(engine.generate(range(9)))
     assert [ids[:3] for ids in answers[0].answers] == answers[1].answers == answers[2].answers
-    assert answers[1].generated < answers[0].generated
-    whole = _whole_json(tokenizer)
+    assert answers[1].tokens < answers[0].tokens
+    is_complete = complete_json(tokenizer)
     ids = tokenizer('{"a": {"b": "}"}} and more', add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(cut(ids, asked._replace(whole=whole))).strip() == '{"a": {"b": "}"}}'
+    assert tokenizer.decode(truncate(ids, request._replace(is_complete=is_complete))).strip() == '{"a": {"b": "}"}}'
 
 
 def test_four_and_eight_bits(pico: Pico, tmp_path: Path) -> None:

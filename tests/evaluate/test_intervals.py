@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from tasks.core.intervals import mcnemar, paired_means, paired_rates, wilson
-from tasks.evaluate.bootstrap import over_kinds, over_values
+from tasks.evaluate.bootstrap import bootstrap_categories, bootstrap_mean
 
 
 @pytest.mark.parametrize(("count", "of"), [(0, 10), (10, 10), (1, 3), (37, 400), (399, 400), (1, 1)])
@@ -21,18 +21,20 @@ def test_wilson_by_hand() -> None:
     assert wilson(8, 10)[1:3] == pytest.approx((0.49016, 0.94332), abs=2e-5)
 
 
-@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 3), (1, 7), (16, 30), (0, 60), (200, 260)])
-def test_mcnemar_is_the_exact_binomial_test(better: int, worse: int) -> None:
-    expected = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
-    assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
+@pytest.mark.parametrize(
+    ("wrong_right", "right_wrong"), [(0, 0), (1, 0), (3, 3), (1, 7), (16, 30), (0, 60), (200, 260)]
+)
+def test_mcnemar_is_the_exact_binomial_test(wrong_right: int, right_wrong: int) -> None:
+    expected = stats.binomtest(wrong_right, wrong_right + right_wrong).pvalue if wrong_right + right_wrong else 1.0
+    assert mcnemar(wrong_right, right_wrong) == pytest.approx(expected, rel=1e-9)
 
 
 def test_newcombes_interval_is_the_published_one() -> None:
     # Airway hyper-responsiveness before and after stem cell transplantation (Bentur et al. 2009; Fagerland et al. 2014
     # give -0.507 to -0.026 for Newcombe's interval): both 1, only before 7, only after 1, neither 12.
-    found = paired_rates(both=1, better=1, worse=7, neither=12)
+    found = paired_rates(right_right=1, wrong_right=1, right_wrong=7, wrong_wrong=12)
     assert (found.value, found.low, found.high) == pytest.approx((-0.286, -0.507, -0.026), abs=5e-4)
-    mirrored = paired_rates(both=1, better=7, worse=1, neither=12)
+    mirrored = paired_rates(right_right=1, wrong_right=7, right_wrong=1, wrong_wrong=12)
     assert (mirrored.low, mirrored.high) == pytest.approx((-found.high, -found.low))
     assert paired_rates(400, 0, 0, 40).low < 0 < paired_rates(400, 0, 0, 40).high  # no discordant row, no certainty
 
@@ -58,10 +60,10 @@ def test_paired_means_are_a_normal_interval() -> None:
 
 def test_the_bootstrap_is_scipys_and_repeats_itself() -> None:
     numbers = np.random.default_rng(1).beta(5, 2, 200).tolist()
-    found = over_values(numbers)
+    found = bootstrap_mean(numbers)
     expected = stats.bootstrap((numbers,), np.mean, method="percentile", n_resamples=4000, rng=0).confidence_interval
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.005)
-    assert found == over_values(numbers)
+    assert found == bootstrap_mean(numbers)
     coins = [True] * 150 + [False] * 50
-    share = over_kinds(coins, lambda kinds, counts: counts[:, kinds.index(True)] / counts.sum(1))
+    share = bootstrap_categories(coins, lambda categories, counts: counts[:, categories.index(True)] / counts.sum(1))
     assert share.value == 0.75 and (share.low, share.high) == pytest.approx((0.69, 0.81), abs=0.012)

@@ -8,23 +8,23 @@ import pytest
 from scipy.stats import binomtest
 
 from tasks.core.errors import BadData
+from tasks.core.metrics import AnsweredRow, observe
 from tasks.core.paired_comparison import (
     Prediction,
     compare,
+    compare_slices,
     disagreements,
     read_predictions,
     same_rows,
     slices,
-    transfer,
 )
-from tasks.evaluate.answer_scores import judge
 
 
 def prediction(row: int, right: bool, intent: str = "close", question: str | None = None) -> Prediction:
     expected = json.dumps({"intent": intent, "entities": {}})
     answer = expected if right else '{"intent": "open", "entities": {}}'
     found = {"row": row, "prompt": question or f"question {row} " + "x" * row, "expected": expected, "answer": answer}
-    return found | judge(expected, answer)._asdict()
+    return found | observe(AnsweredRow("", expected, answer))
 
 
 def predictions(rights: str, intents: str | None = None) -> list[Prediction]:
@@ -36,7 +36,7 @@ def predictions(rights: str, intents: str | None = None) -> list[Prediction]:
 def test_all_rows_and_slices_by_hand() -> None:
     intents = "ccccmmmmoooo"
     a, b = predictions("++++++--++--", intents), predictions("+++---+-+++-", intents)
-    found = {one.slice: one for one in transfer(a, b, "exact_match")}
+    found = {one.slice: one for one in compare_slices(a, b, "exact_match")}
     assert list(found)[0] == "all"
     whole = found["all"]
     assert (whole.rows, whole.better, whole.worse) == (12, 2, 3)
@@ -52,7 +52,7 @@ def test_numbers_are_compared_too() -> None:
     texts = [("the red valve", "the red valve"), ("the red valve", "a blue pump"), ("open it", "open it now")]
     rows: list[list[Prediction]] = []
     for swap in (False, True):
-        found = [{"row": i, "prompt": "q", "expected": e, "answer": a} | judge(e, e if swap else a)._asdict()
+        found = [{"row": i, "prompt": "q", "expected": e, "answer": a} | observe(AnsweredRow("q", e, e if swap else a))
                  for i, (e, a) in enumerate(texts)]  # fmt: skip
         rows.append(found)
     one = compare(same_rows(*rows), "token_f1")
@@ -90,4 +90,4 @@ def test_what_was_written_compares_as_what_was_not(tmp_path: Path) -> None:
     a, b = predictions("++-"), predictions("+--")
     path = tmp_path / "predictions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in a))
-    assert transfer(read_predictions(path), kept(b), "exact_match") == transfer(a, b, "exact_match")
+    assert compare_slices(read_predictions(path), kept(b), "exact_match") == compare_slices(a, b, "exact_match")

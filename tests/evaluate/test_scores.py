@@ -3,15 +3,28 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
 from tasks.core.errors import BadConfig
-from tasks.evaluate.answer_scores import INVALID, Judged, entity_pairs, json_object, judge, rouge_l, same, token_f1
-from tasks.evaluate.schema import checker, infer_schema
+from tasks.core.metrics import AnsweredRow, observe
+from tasks.core.metrics.entities import entity_pairs
+from tasks.core.metrics.free_text import rouge_l, token_f1
+from tasks.core.metrics.intents import INVALID
+from tasks.core.metrics.json_values import canonical_json, json_object
+from tasks.evaluate.schema import SchemaCheck, infer_schema, schema_validator
 from tasks.evaluate.scores import score
 from tasks.evaluate.user_metric import load_metric
+
+
+def judge(expected: str, answer: str, validator: SchemaCheck | None = None) -> dict[str, Any]:
+    return observe(AnsweredRow("", expected, answer, validator))
+
+
+def same(left: object, right: object) -> bool:
+    return canonical_json(left) == canonical_json(right)
 
 
 def answer(intent: object, **entities: object) -> str:
@@ -22,8 +35,8 @@ def test_judge_a_right_answer_in_another_spelling() -> None:
     row = judge(
         answer("close", audit="17", hall="north"), '{"entities":{"hall":"north","audit":"17"},\n"intent":"close"}'
     )
-    assert row.exact_match and row.json_valid and row.json_valid_after_repair
-    assert (row.intent, row.entities, row.f1) == (("close", "close"), (2, 2, 2), None)
+    assert row["exact_match"] and row["json_valid"] and row["json_valid_after_repair"]
+    assert (row["intent"], row["entities"], row["f1"]) == (("close", "close"), (2, 2, 2), None)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +61,15 @@ def test_judge_wrong_answers(
     if given == answer("close", audit="18", extra="x"):
         given = answer("close", hall="north", audit="18", extra="x")
     row = judge(expected, given)
-    assert (row.json_valid, row.json_valid_after_repair) == (valid, repaired)
-    assert (row.intent, row.entities, row.exact_match) == (("close", intent), entities, False)
+    assert (row["json_valid"], row["json_valid_after_repair"]) == (valid, repaired)
+    assert (row["intent"], row["entities"], row["exact_match"]) == (("close", intent), entities, False)
 
 
 def test_entities_are_bags() -> None:
     assert entity_pairs({"entities": {"tag": ["a", "a", "b"], "n": 1}}).total() == 4
     row = judge(answer("x", tag=["a", "a", "b"]), answer("x", tag=["a", "b", "b"]))
-    assert row.entities == (2, 3, 3)
-    assert judge('{"entities": [{"t": 1}]}', '{"entities": [{"t": 1}, {"t": 2}]}').entities == (1, 2, 1)
+    assert row["entities"] == (2, 3, 3)
+    assert judge('{"entities": [{"t": 1}]}', '{"entities": [{"t": 1}, {"t": 2}]}')["entities"] == (1, 2, 1)
 
 
 def test_json_equality_knows_types() -> None:
@@ -115,15 +128,15 @@ def test_intents_and_entities_agree_with_sklearn() -> None:
     everything = [*labels, INVALID]
     matrix = [[scores["confusion"].get(row, {}).get(column, 0) for column in everything] for row in everything]
     assert matrix == confusion_matrix(expected, given, labels=everything).tolist()
-    hits, made, wanted = (sum(row.entities[i] for row in judged if row.entities) for i in range(3))
-    keys = [(row.entities[0] > 0, row.entities[1] > 0) for row in judged if row.entities]
+    hits, made, wanted = (sum(row["entities"][i] for row in judged if row["entities"]) for i in range(3))
+    keys = [(row["entities"][0] > 0, row["entities"][1] > 0) for row in judged if row["entities"]]
     assert hits == sum(hit for hit, _ in keys) and made == sum(answered for _, answered in keys) and wanted == 500
     assert scores["means"]["entity_f1"]["value"] == pytest.approx(2 * hits / (made + wanted))
 
 
 def test_macro_f1_counts_intents_that_are_expected() -> None:
     # a: tp 1, expected 2, given 1 -> 2/3; b: tp 1, expected 1, given 1 -> 1; z is only given
-    rows = [Judged(True, intent=pair) for pair in (("a", "a"), ("a", "z"), ("b", "b"))]
+    rows = [{"exact_match": True, "intent": pair} for pair in (("a", "a"), ("a", "z"), ("b", "b"))]
     scores = score(rows, "z")
     assert scores["means"]["intent_macro_f1"]["value"] == pytest.approx((2 / 3 + 1) / 2)
     assert scores["intents"]["a"] == {"rows": 2, "precision": 1, "recall": 0.5, "f1": 2 / 3, "exact_match": 1}
@@ -183,7 +196,7 @@ def test_a_schema_is_what_training_answers_have_in_common() -> None:
         "parts": {"type": "array", "items": {"type": "string"}},
     }
     assert count["properties"]["note"] == {"anyOf": [{"type": "null"}, {"type": "string"}]}
-    keeps = checker(schema)
+    keeps = schema_validator(schema)
     assert all(keeps(json.loads(one)) for one in answers)
     for wrong in (
         '{"intent": "close", "entities": {"hall": "north"}}',
@@ -195,7 +208,8 @@ def test_a_schema_is_what_training_answers_have_in_common() -> None:
     ):
         assert not keeps(json.loads(wrong)), wrong
     row = judge(answers[1], '{"intent": "close", "entities": {"hall": "north"}}', keeps)
-    assert row.json_valid and row.schema_valid is False and judge(answers[1], "no", keeps).schema_valid is False
+    assert row["json_valid"] and row["schema_valid"] is False
+    assert judge(answers[1], "no", keeps)["schema_valid"] is False
     assert infer_schema(["free text", "{}"]) is None and infer_schema([]) is None
     assert infer_schema(['{"a": 1}', '{"a": 2, "b": true}']) == {
         "type": "object",

@@ -1,17 +1,19 @@
 """The gate on evaluations whose rows are known: what passes, what fails, and what the numbers say."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from tasks.core.command import Report
-from tasks.core.errors import BadConfig, BadData, GateFailed
+from tasks.core.errors import BadData, GateFailed
 from tasks.core.job import Job
+from tasks.core.metrics import AnsweredRow, observe
 from tasks.core.refs import ModelDir, ReportRef
-from tasks.evaluate.answer_scores import judge
 from tasks.evaluate.scores import score
 from tasks.gate import GateConfig
 from tasks.gate.run import gate
@@ -28,9 +30,9 @@ def evaluation(directory: Path, wrong: range | set[int], rows: int = ROWS, text:
         intent = "out_of_scope" if row % 4 == 0 else f"intent{row % 4}"
         expected = f"row {row} is fine" if text else json.dumps({"intent": intent, "entities": {"n": str(row)}})
         answer = "no" if row in wrong else expected
-        judged.append(judge(expected, answer))
+        judged.append(observe(AnsweredRow("", expected, answer)))
         lines.append({"row": row, "prompt": f"question {row}", "expected": expected, "answer": answer})
-    written = [json.dumps(line | one._asdict()) + "\n" for line, one in zip(lines, judged, strict=True)]
+    written = [json.dumps(line | one) + "\n" for line, one in zip(lines, judged, strict=True)]
     (directory / "predictions.jsonl").write_text("".join(written))
     (directory / "scores.json").write_text(json.dumps(score(judged, "out_of_scope")))
     return ModelDir(directory)
@@ -94,16 +96,47 @@ def test_a_gain_must_be_a_gain_and_floors_hold(tmp_path: Path) -> None:
     assert "student: json_valid 90.5%, at least 95.0% is wanted" in str(report.facts["said"])
     names = {rule["name"]: rule["passed"] for rule in verdict["rules"]}  # type: ignore[attr-defined]
     assert names["Q8-0 reaches json_valid"] and not names["student reaches json_valid"]
-    with pytest.raises(BadConfig, match="no score 'jsonvalid'"):
-        run(tmp_path, GateConfig(floors={"jsonvalid": 1}), student=student)
 
 
 def test_free_text_is_compared_by_token_f1(tmp_path: Path) -> None:
     teacher, student = (evaluation(tmp_path / name, range(last), text=True) for name, last in (("t", 10), ("s", 60)))
     report, verdict = run(tmp_path, GateConfig(), teacher=teacher, student=student)
     assert verdict["check"] == "token_f1" and not report.facts["passed"]
-    with pytest.raises(BadConfig, match="no row of student speaks of json_valid"):
-        run(tmp_path, GateConfig(check="json_valid"), teacher=teacher, student=student)
+    report, outcome = run(tmp_path, GateConfig(check="json_valid"), teacher=teacher, student=student)
+    assert not report.facts["passed"] and "cannot be judged: no row of student has json_valid" in str(
+        report.facts["said"]
+    )
+    assert [(rule["passed"], rule["judged"]) for rule in outcome["rules"]] == [(False, False)]  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_judged_fails_with_the_reason_and_the_others_are_judged(tmp_path: Path) -> None:
+    student, file = evaluation(tmp_path / "s", range(4)), evaluation(tmp_path / "q", range(4))
+    other = evaluation(tmp_path / "o", range(4), text=True)
+    floors = {"json_valid": 0.5, "schema_valid": 0.5}
+    report, outcome = run(tmp_path, GateConfig(floors=floors), student=student, Q8_0=file, Q4_0=other)
+    rules = {rule["name"]: rule for rule in outcome["rules"]}  # type: ignore[attr-defined]
+    assert rules["Q8-0 no worse than student"]["passed"] and rules["student reaches json_valid"]["passed"]
+    said = rules["Q4-0 no worse than student"]["said"]
+    assert "cannot be judged: row 0 is another question in the other file" in said
+    said = rules["student reaches schema_valid"]["said"]
+    assert "no row of student has schema_valid; its scores are entity_f1, " in said and said in str(
+        report.facts["said"]
+    )
+    assert not report.facts["passed"] and list(outcome["transfer"]) == ["student -> Q8-0"]  # type: ignore[call-overload]
+    assert "**not judged**: student reaches schema_valid" in (tmp_path / "out0/report/gate.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("floors", "message"),
+    [
+        ({"jsonvalid": 0.9}, "no score is called 'jsonvalid'; did you mean 'json_valid'. Scores are json_valid, "),
+        ({"bleu!": 0.9}, "no score is called 'bleu!'. Scores are"),
+        ({"json_valid": 98}, "less than or equal to 1"),
+    ],
+)
+def test_floors_that_no_model_can_reach_are_refused_before_the_run(floors: dict[str, float], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        GateConfig(floors=floors)
 
 
 def test_the_command_succeeds_with_a_broken_rule_and_fails_on_nonsense(tmp_path: Path) -> None:
@@ -121,3 +154,5 @@ def test_the_command_succeeds_with_a_broken_rule_and_fails_on_nonsense(tmp_path:
         run(tmp_path, GateConfig(), student=ModelDir(tmp_path))
     report_, _ = run(tmp_path, GateConfig(), student=ModelDir(tmp_path / "s"))
     assert report_.facts["passed"] and "no rule to judge" in report_.warnings[0]
+    assert str(report_.facts["said"]).startswith("nothing was checked: ") and report_.facts["rules"] == 0
+    assert "student_points needs evaluations of student and teacher" in report_.warnings[0]
