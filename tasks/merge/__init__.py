@@ -1,4 +1,4 @@
-"""Merge: base and adapter become one model directory in Hugging Face's layout, shown to say the same."""
+"""Merge: writes base and adapter as one model directory in Hugging Face's layout and compares the two."""
 
 from typing import Annotated, Literal
 
@@ -8,12 +8,10 @@ from tasks.core.config import OnlyWith, StageConfig
 
 
 class MergeConfig(StageConfig):
-    """How a merged model is written, and how far it may part from its adapter."""
+    """How a merged model is written, and how far its answers may differ from those of base and adapter."""
 
     weight: float = 1.0
-    """Weight of the model's own adapter: 0.5 goes half the way from the base."""
-    adapter_weights: dict[str, float] = {}
-    """Weights of the further adapters by their names (`--adapters NAME=DIR`); 1 for those that are not named."""
+    """Factor of the adapter's change: 0.5 goes half the way from the base."""
     remedy: Literal["none", "rescale", "clip"] = "none"
     """Against activations too large for float16: `rescale` shrinks the residual stream and leaves the function alone;
     `clip` limits the norms' gains, which changes it, and is there to show the difference."""

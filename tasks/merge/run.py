@@ -1,29 +1,30 @@
-"""Merges adapters into their base, one tensor at a time, and compares the two models on held-out rows.
+"""Merges an adapter into its base, one tensor at a time, and compares the two models on held-out rows.
 
-python -m tasks.merge.run config.json --model BASE+ADAPTER --dataset DIR --out DIR [--adapters NAME=DIR ...]
+python -m tasks.merge.run config.json --model BASE+ADAPTER --dataset DIR --out DIR
 """
 
 import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from tasks.core.command import Report, command
-from tasks.core.errors import BadConfig, GateFailed
+from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.compare.agreement import Agreement, held_out
-from tasks.engine.compare.reference_logits import Remembered
+from tasks.engine.compare.agreement import Agreement, test_rows
+from tasks.engine.compare.reference_logits import ReferenceLogits
 from tasks.engine.data.chat_template import encode
-from tasks.engine.models.load import load_tokenizer
-from tasks.engine.models.text_only import adapter_keys, load_text
-from tasks.engine.weights.effective import Weight, weights, write_safetensors
-from tasks.engine.weights.nf4 import unpacked
-from tasks.engine.weights.rescale import clipped, rescaled
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.text_only import load_text_model
+from tasks.engine.weights.effective import Weight, effective_weights
+from tasks.engine.weights.nf4 import combine_four_bit
+from tasks.engine.weights.rescale import clipped_weights, rescaled_weights
 from tasks.engine.weights.safetensors_reader import stored_tensors
+from tasks.engine.weights.safetensors_writer import write_safetensors
 from tasks.merge import MergeConfig
 
 TOKENIZER = (
@@ -37,32 +38,16 @@ TOKENIZER = (
 COMPANIONS = ("config.json", "generation_config.json", "*processor_config.json", "LICENSE*", *TOKENIZER)
 
 
-class Added(NamedTuple):
-    """A further adapter."""
+def merge(config: MergeConfig, model: ModelDir, dataset: Path, out: Path, job: Job) -> Report:
+    """Writes base + adapter as safetensors shards with the base's names, shapes and dtypes.
 
-    name: str
-    directory: Path
-    weight: float
-
-
-def merge(
-    config: MergeConfig,
-    model: ModelDir,
-    dataset: Path,
-    out: Path,
-    job: Job,
-    adapters: dict[str, ModelDir] | None = None,
-) -> Report:
-    """Writes base + adapters as safetensors shards with the base's names, shapes and dtypes; raises GateFailed.
-
-    A base in 4 bits becomes the 16-bit model that it stands for.
+    A base in 4 bits is dequantized to 16 bits. Raises GateFailed when the merged model's answers differ too much.
     """
-    more = further(config, adapters or {})
-    tensors = list(weights(model, [(one.directory, one.weight) for one in more], config.weight))
+    tensors = list(effective_weights(model, weight=config.weight))
     if config.remedy == "rescale":
-        tensors = rescaled(tensors, model.base, config.rescale_k)
+        tensors = rescaled_weights(tensors, model.base, config.rescale_k)
     elif config.remedy == "clip":
-        tensors = clipped(tensors, model.base, config.clip_percentile)
+        tensors = clipped_weights(tensors, model.base, config.clip_percentile)
     bytes_written = write_shards(tensors, out, config.shard_bytes, job)
     copy_companions(model, out)
     recast = {weight.name: weight.dtype for weight in tensors if weight.dtype != weight.stored.dtype}
@@ -72,24 +57,14 @@ def merge(
     job.log(f"{len(tensors)} tensors written, {changed} of them changed, {bytes_written / 1e6:.1f} MB")
     if not changed:
         return Report(facts=facts, warnings=["there was no adapter: the model is its base, copied"])
-    agreement = compare(config, model, more, dataset, out, job)
+    agreement = compare(config, model, dataset, out, job)
     job.metrics(0, **agreement.metrics())
     agreement.gate("the merged model", config.max_mean_kl, config.min_top1)
     return Report(facts={**facts, "mean_kl": agreement.mean_kl, "top1": agreement.top1}, metrics=agreement.metrics())
 
 
-def further(config: MergeConfig, adapters: dict[str, ModelDir]) -> list[Added]:
-    """The adapters beside the model's own; raises BadConfig for a weight without an adapter."""
-    unknown = sorted(config.adapter_weights.keys() - adapters.keys())
-    if unknown:
-        raise BadConfig(f"adapter_weights names {unknown[0]!r}, but --adapters gives {sorted(adapters) or 'none'}")
-    return [
-        Added(name, one.adapter or one.base, config.adapter_weights.get(name, 1.0)) for name, one in adapters.items()
-    ]
-
-
 def write_shards(tensors: list[Weight], out: Path, shard_bytes: int, job: Job) -> int:
-    """Writes the effective weights, an index beside them when it takes several files; returns their bytes."""
+    """Writes the weights into files of at most `shard_bytes`, with an index if there are several; returns all bytes."""
     shards: list[list[Weight]] = [[]]
     filled = total = 0
     for weight in tensors:
@@ -113,7 +88,7 @@ def write_shards(tensors: list[Weight], out: Path, shard_bytes: int, job: Job) -
 
 
 def copy_companions(model: ModelDir, out: Path) -> None:
-    """Copies config, generation config, tokenizer and template; the adapter's tokenizer goes before the base's."""
+    """Copies config, generation config, tokenizer and chat template; the adapter's tokenizer replaces the base's."""
     files = [file for pattern in COMPANIONS for file in model.base.glob(pattern)]
     if model.adapter is not None:
         files += [file for pattern in TOKENIZER for file in model.adapter.glob(pattern)]
@@ -126,27 +101,27 @@ def copy_companions(model: ModelDir, out: Path) -> None:
 
 
 def check_inventory(base: Path, out: Path, recast: dict[str, torch.dtype] | None = None) -> None:
-    """Raises GateFailed unless `out` has every tensor of `base`, of its shape and dtype, and none besides.
+    """Raises GateFailed unless `out` has the tensors of `base` and no others, with their shapes and dtypes.
 
-    `recast` are the dtypes of those that were meant to get another one.
+    `recast` gives the dtypes of tensors that are stored in another one on purpose.
     """
-    ours, theirs = stored_tensors(out), unpacked(stored_tensors(base))
-    if ours.keys() != theirs.keys():
-        lost, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    merged, original = stored_tensors(out), combine_four_bit(stored_tensors(base))
+    if merged.keys() != original.keys():
+        lost, extra = sorted(original.keys() - merged.keys()), sorted(merged.keys() - original.keys())
         raise GateFailed(f"the merged model lacks {lost[:3]} ({len(lost)}) and has {extra[:3]} ({len(extra)}) besides")
-    for name, stored in theirs.items():
-        dtype = (recast or {}).get(name, stored.dtype)
-        if (stored.shape, dtype) != (ours[name].shape, ours[name].dtype):
-            raise GateFailed(f"{name} was {dtype} {stored.shape}, is {ours[name].dtype} {ours[name].shape}")
+    for name, stored in original.items():
+        dtype, tensor = (recast or {}).get(name, stored.dtype), merged[name]
+        if (stored.shape, dtype) != (tensor.shape, tensor.dtype):
+            raise GateFailed(f"{name} was {dtype} {stored.shape}, is {tensor.dtype} {tensor.shape}")
 
 
-def compare(config: MergeConfig, model: ModelDir, more: list[Added], dataset: Path, out: Path, job: Job) -> Agreement:
-    """Unmerged against merged on held-out rows, in float32, one model in memory at a time."""
+def compare(config: MergeConfig, model: ModelDir, dataset: Path, out: Path, job: Job) -> Agreement:
+    """Agreement of the unmerged and the merged model on held-out rows, in float32, one model in memory at a time."""
     tokenizer = load_tokenizer(ModelDir(out))
-    examples = [encode(tokenizer, row) for row in held_out(dataset, config.gate_rows)]
-    unmerged = Remembered(_unmerged(model, more, config.weight), examples)
+    examples = [encode(tokenizer, row) for row in test_rows(dataset, config.gate_rows)]
+    unmerged = ReferenceLogits(_unmerged(model, config.weight), examples)
     job.progress(1, 2, "models", "unmerged")
-    merged = Remembered(load_text(ModelDir(out), "float32"), examples)
+    merged = ReferenceLogits(load_text_model(ModelDir(out), "float32"), examples)
     merged.share_head(unmerged)
     agreement = Agreement()
     for i in range(len(examples)):
@@ -155,22 +130,13 @@ def compare(config: MergeConfig, model: ModelDir, more: list[Added], dataset: Pa
     return agreement
 
 
-def _unmerged(model: ModelDir, more: list[Added], weight: float) -> Any:
-    """Base and adapters as peft runs them: all active at once, each layer's scaling times its weight."""
-    given = [Added("default", model.adapter, weight)] if model.adapter else []
-    given += more
-    first = given[0].directory if given else None
-    loaded: Any = load_text(ModelDir(model.base, first), "float32")
-    names = ["default", *(f"more_{one.name}" for one in given[1:])][: len(given)]
-    for name, one in list(zip(names, given, strict=True))[1:]:
-        loaded.load_adapter(one.directory, name, key_mapping=adapter_keys(model))
-    if len(names) > 1:
-        loaded.base_model.set_adapter(names)
-    for name, one in zip(names, given, strict=True):
-        for module in loaded.modules():
-            scaling = getattr(module, "scaling", None)
-            if isinstance(scaling, dict) and name in scaling:
-                scaling[name] *= one.weight
+def _unmerged(model: ModelDir, weight: float) -> Any:
+    """Base and adapter as peft runs them, each layer's scaling times `weight`."""
+    loaded: Any = load_text_model(model, "float32")
+    for module in loaded.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and "default" in scaling:
+            scaling["default"] *= weight
     return loaded.eval()
 
 

@@ -79,7 +79,7 @@ def clip(model: PreTrainedModel, base: Path, percentile: float) -> PreTrainedMod
     """Clips each norm's gains at the percentile of their magnitude."""
     for name, parameter in model.named_parameters():
         if is_norm(name, tuple(parameter.shape)):
-            offset = float(gain_offset(base, name))
+            offset = gain_offset(base, name)
             gains = parameter.double() + offset
             limit = gains.abs().quantile(percentile / 100)
             parameter.copy_((gains.clamp(-limit, limit) - offset).float())
@@ -126,7 +126,7 @@ def awq_fold(model: PreTrainedModel, statistics: ActivationStatistics, base: Pat
             strength = statistics.linears[linears[0]].mean_squares.sqrt().clamp(min=1e-6).pow(FOLD_STRENGTH)
             scale = (strength / (strength.max() * strength.min()).sqrt()).to(modules[name].weight)
             weight = modules[name].weight
-            offset = float(not naive and gain_offset(base, f"{name}.weight"))
+            offset = 0.0 if naive else gain_offset(base, f"{name}.weight")
             weight.copy_((weight + offset) / scale - offset)
             for linear in linears:
                 modules[linear].weight.mul_(scale)

@@ -63,9 +63,9 @@ def sample(weight: Weight, values: int) -> Tensor:
     return torch.cat([weight.rows(start, start + length) for start in starts]).float().nan_to_num_(0.0, 0.0, 0.0)
 
 
-def gain(values: Tensor, unit_offset: bool) -> dict[str, Any]:
-    """Statistics of a norm's gains, the values that multiply (1 + w with `unit_offset`, else w), as magnitudes."""
-    multiplier = (values.double() + 1 if unit_offset else values.double()).abs()
+def gain(values: Tensor, offset: float) -> dict[str, Any]:
+    """Statistics of the magnitudes of a norm's gains, the values that multiply: its weight plus `offset` (0 or 1)."""
+    multiplier = (values.double() + offset).abs()
     return {
         "max": float(multiplier.max()),
         "p999": float(multiplier.quantile(0.999)),
@@ -76,12 +76,11 @@ def gain(values: Tensor, unit_offset: bool) -> dict[str, Any]:
     }
 
 
-def rounding(values: Tensor, unit_offset: bool) -> dict[str, float]:
+def rounding(values: Tensor, offset: float) -> dict[str, float]:
     """Relative root-mean-square error of a norm's gains once its weight is stored in 16 bits.
 
     A gain near 0 that is stored as gain - 1 lies near -1, where bfloat16 has steps of 1/256 and float16 of 1/2048.
     """
-    offset = float(unit_offset)
     gains = values.double() + offset
     energy = float(gains.square().mean())
     return {

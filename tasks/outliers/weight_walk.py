@@ -68,6 +68,6 @@ def walk(
 def _norm(model: ModelDir, weight: Weight) -> Numbers:
     if not is_norm(weight.name, weight.shape):
         return {}
-    unit_offset = gain_offset(model.base, weight.name)
+    offset = gain_offset(model.base, weight.name)
     values = weight.rows()
-    return {"gain": gain(values, unit_offset), "rounding": rounding(values, unit_offset), "adds_one": unit_offset}
+    return {"gain": gain(values, offset), "rounding": rounding(values, offset), "adds_one": bool(offset)}

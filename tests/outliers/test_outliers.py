@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.models.tensor_names import ADD_ONE, gain_offset, is_norm, layer_index, name_in_layer
+from tasks.engine.models.families import family_of
+from tasks.engine.models.tensor_names import gain_offset, is_norm, layer_index, name_in_layer
 from tasks.engine.runtimes.ggml import round_trip, to_type
 from tasks.engine.weights.effective import Weight
 from tasks.engine.weights.safetensors_reader import stored_tensors
@@ -148,17 +149,17 @@ def test_gain_offset_equals_transformers(model_type: str, norm: type[torch.nn.Mo
     module = norm(4)
     torch.nn.init.zeros_(module.weight)
     passes = bool(module(torch.ones(1, 4)).abs().max() > 0.5)  # with w = 0 only 1 + w lets anything through
-    assert (model_type in ADD_ONE) == passes
+    assert family_of(model_type).gain_offset("model.norm.weight") == float(passes)
 
 
 def test_norms_by_name_and_gain(base: Path) -> None:
     assert is_norm(PLANTED, (64,)) and not is_norm("model.layers.0.mlp.up_proj.weight", (64, 64))
     assert (layer_index(PLANTED), name_in_layer(PLANTED)) == (1, "post_feedforward_layernorm")
     assert gain_offset(base, PLANTED) and not gain_offset(base, "vision_tower.encoder.layers.0.layer_norm1.weight")
-    assert gain(torch.tensor([-3.0, 0.5]), unit_offset=True)["max"] == 2.0
-    assert gain(torch.tensor([-3.0, 0.5]), unit_offset=False)["max"] == 3.0
-    assert rounding(torch.tensor([-0.999]), unit_offset=True)["bfloat16"] == pytest.approx(1.0, rel=1e-3)  # a gain lost
-    assert rounding(torch.tensor([0.001]), unit_offset=False)["bfloat16"] < 0.004
+    assert gain(torch.tensor([-3.0, 0.5]), offset=1.0)["max"] == 2.0
+    assert gain(torch.tensor([-3.0, 0.5]), offset=0.0)["max"] == 3.0
+    assert rounding(torch.tensor([-0.999]), offset=1.0)["bfloat16"] == pytest.approx(1.0, rel=1e-3)  # a gain lost
+    assert rounding(torch.tensor([0.001]), offset=0.0)["bfloat16"] < 0.004
 
 
 def test_report_compares_an_adapter_with_its_base(base: Path, tmp_path: Path) -> None:
