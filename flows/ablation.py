@@ -9,26 +9,28 @@ student base ───────────────┬── SFT ──�
 """
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from flows.config import FlowConfig, given_files, without_teacher
+from flows.checks import require_held_out, require_known_revisions
+from flows.config import given_files, without_teacher
+from flows.flow_config import FlowConfig
 from flows.report import publish
 from flows.report import show as show_models
 from flows.stages import Stages
 from flows.start import start
-from tasks.core.import_inputs import take_files, take_model
-from tasks.core.inputs import fetched
-from tasks.core.paired_comparison import Prediction, read_predictions, transfer
+from tasks.core.import_inputs import import_files, import_model
+from tasks.core.inputs import fetch_input
+from tasks.core.paired_comparison import Prediction, read_predictions, compare_slices
 from tasks.core.refs import AnyModel, DatasetRef, ReportRef
 from tasks.distill import DistillConfig
 from tasks.distill.task import distil
-from tasks.distill.teacher_cache.task import remember
+from tasks.distill.teacher_cache.task import cache_teacher
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
 from tasks.ingest import IngestConfig
@@ -84,6 +86,12 @@ class AblationConfig(FlowConfig):
     """Percentile at which each of the teacher's norms is clipped, for the student of a clipped teacher."""
     evaluate: EvaluateConfig = EvaluateConfig(latency_rows=0)
 
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        require_known_revisions(self.revision, (self.teacher_base, self.student_base))
+        require_held_out(self.train, validation=self.validation, test=self.test)
+        return self
+
     @property
     def nf4(self) -> FineTuneConfig:
         """The settings of the student that is trained on a base in NF4."""
@@ -101,12 +109,12 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         files = run(
-            "take data", take_files, given_files(train=config.train, validation=config.validation, test=config.test)
+            "take data", import_files, given_files(train=config.train, validation=config.validation, test=config.test)
         )
         pinned = config.revision.get
-        teacher_base = run("take teacher base", take_model, config.teacher_base, pinned(config.teacher_base))
-        student_base = run("take student base", take_model, config.student_base, pinned(config.student_base))
-        text = run("take text", take_files, {"text": config.text}) if config.text else None
+        teacher_base = run("take teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
+        student_base = run("take student base", import_model, config.student_base, pinned(config.student_base))
+        text = run("take text", import_files, {"text": config.text}) if config.text else None
 
         dataset = run("ingest", ingest, config.ingest, files, student_base)
         teacher = run("teacher", fine_tune, config.teacher, teacher_base, dataset)
@@ -128,7 +136,7 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
         for name in () if skipped else ARMS[:3]:
             label = name + AS_NF4
             scores[label] = run(f"evaluate {label}", evaluate, in_nf4, models[name], dataset, label, None, text)
-        comparisons = compared(run, scores, config.evaluate.out_of_scope_intent)
+        comparisons = compared(run, scores, config.out_of_scope_intent)
         create_table_artifact(
             table(comparisons), key="ablation", description="What each step changes, on the same rows"
         )
@@ -143,7 +151,7 @@ def _distilled(
     run: Stages, name: str, config: AblationConfig, student: AnyModel, teacher: AnyModel, dataset: DatasetRef
 ) -> AnyModel:
     settings = config.student
-    states = None if settings.teacher_online else run(f"states for {name}", remember, settings.states, teacher, dataset)
+    states = None if settings.teacher_online else run(f"states for {name}", cache_teacher, settings.states, teacher, dataset)
     return run(name, distil, settings, student, teacher, dataset, states)
 
 
@@ -158,14 +166,14 @@ def compared(run: Stages, scores: dict[str, ReportRef], out_of_scope: str) -> li
     """Every pair of `PAIRS` that was evaluated, on all rows and in and out of scope."""
 
     def predictions(ref: ReportRef) -> list[Prediction]:
-        return read_predictions(fetched(run.settings, ref.digest) / "predictions.jsonl")
+        return read_predictions(fetch_input(run.settings, ref.digest) / "predictions.jsonl")
 
     found = []
     for about, (a, b) in PAIRS.items():
         if a not in scores or b not in scores:
             continue
         check = "exact_match" if "json_valid" in scores[a].facts else "token_f1"
-        for one in transfer(predictions(scores[a]), predictions(scores[b]), check, out_of_scope):
+        for one in compare_slices(predictions(scores[a]), predictions(scores[b]), check, out_of_scope):
             if one.slice in SLICES:
                 found.append({"about": about, "from": a, "to": b, **one._asdict()})
     return found

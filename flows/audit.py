@@ -6,18 +6,20 @@ models ── take (each) ──┐
 rows ──── ingest ───────┴── find outliers ── verdict per target, pictures, importance matrix
 """
 
-from typing import Any
+from typing import Any, Self
 
 from prefect import flow
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from flows.config import FlowConfig, given_files
+from flows.checks import require_held_out, require_known_revisions
+from flows.config import given_files
+from flows.flow_config import FlowConfig
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import publish_verdict
-from tasks.core.import_inputs import take_files, take_model
+from tasks.core.import_inputs import import_files, import_model
 from tasks.core.refs import AnyModel, DatasetRef
 from tasks.ingest import IngestConfig
 from tasks.ingest.task import ingest
@@ -41,6 +43,17 @@ class AuditConfig(FlowConfig):
     ingest: IngestConfig = IngestConfig(allow_few_rows=True)
     outliers: OutlierConfig = OutlierConfig()
 
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        require_known_revisions(self.revision, self.models.values())
+        require_held_out(self.train, test=self.test)
+        return self
+
+    def unused_groups(self) -> dict[str, str]:
+        """The rows' settings without rows."""
+        rows = self.train or self.test
+        return {} if rows else {"ingest": "no rows are given; set train to rows like those the models will meet"}
+
 
 @flow(name="stillhouse-audit", validate_parameters=True, persist_result=False)
 def audit(config: AuditConfig) -> dict[str, Any]:
@@ -50,13 +63,13 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         models: dict[str, AnyModel] = {
-            name: run(f"take {name}", take_model, source, config.revision.get(source))
+            name: run(f"take {name}", import_model, source, config.revision.get(source))
             for name, source in config.models.items()
         }
         dataset: DatasetRef | None = None
         files = given_files(train=config.train, test=config.test)
         if files:
-            dataset = run("ingest", ingest, config.ingest, run("take data", take_files, files))
+            dataset = run("ingest", ingest, config.ingest, run("take data", import_files, files))
         return publish_verdict(run, run("outliers", find_outliers, config.outliers, models, dataset))
 
 

@@ -1,11 +1,11 @@
 """The pipeline's single parameter: data, base models, and one config a stage."""
 
-from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from flows.checks import require_held_out, require_known_revisions, require_metric
+from flows.flow_config import FlowConfig
 from tasks.distill import DistillConfig
 from tasks.evaluate import EvaluateConfig
 from tasks.gate import GateConfig
@@ -16,27 +16,6 @@ from tasks.outliers import OutlierConfig
 from tasks.teacher import FineTuneConfig
 
 DELIVERED: list[Kind] = ["BF16", "Q8_0", "Q4_0", "Q4_K_M"]
-
-
-class FlowConfig(BaseModel):
-    """A flow's single parameter: unknown settings are refused, docstrings are the help of its form."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True,
-        field_title_generator=lambda name, _: name.replace("_", " ").title(),  # else a group is called by its class
-    )  # fmt: skip
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """A config from YAML. Raises ValueError that names the field and the file."""
-        try:
-            values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls.model_validate(values)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        except ValidationError as error:
-            lines = (f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            raise ValueError(f"{path} has settings that do not fit:\n" + "\n".join(lines)) from error
 
 
 def given_files(**files: str | None) -> dict[str, str]:
@@ -61,7 +40,7 @@ def without_teacher(student: DistillConfig) -> FineTuneConfig:
 
 
 class PipelineConfig(FlowConfig):
-    """JSONL in, proven GGUF out. Presets with every field are in `deployments/presets/`."""
+    """JSONL in, proven GGUF out. Every field is in docs/configuration.md, presets are in `deployments/presets/`."""
 
     model_config = ConfigDict(title="Pipeline")
 
@@ -72,15 +51,17 @@ class PipelineConfig(FlowConfig):
     """Rows for the validation loss; without it a part of `train` is held back."""
     test: str | None = None
     """Held-out rows that every model is evaluated on; without it a part of `train` is held back."""
+    teacher_base: str
+    """The teacher's base: a name on the Hugging Face hub (`google/gemma-3-1b-it`) or a local directory."""
+    student_base: str
+    """The student's base, with the teacher's tokenizer (`google/gemma-3-270m-it`)."""
+    gguf: GgufFiles = [GgufConfig(kind=kind) for kind in DELIVERED]
+    """The GGUF files to deliver: kinds (`Q4_K_M`), or a kind with settings of its own."""
     text: str | None = None
     """General text that no model was trained on (a .txt file): its perplexity shows what a model forgot."""
     vocabulary_text: str | None = None
     """Text (a .txt file) whose most frequent pieces stay, beside the rows' own, when the student's `vocabulary` is
     made smaller."""
-    teacher_base: str
-    """The teacher's base: a name on the Hugging Face hub (`google/gemma-3-1b-it`) or a local directory."""
-    student_base: str
-    """The student's base, with the teacher's tokenizer (`google/gemma-3-270m-it`)."""
     revision: dict[str, str] = {}
     """Hub revisions to pin, by name: `{"google/gemma-3-1b-it": "<commit>"}`."""
     direct: bool = True
@@ -93,10 +74,15 @@ class PipelineConfig(FlowConfig):
     kd_weight * T^2 * divergence + ce_weight * cross-entropy."""
     outliers: OutlierConfig = OutlierConfig()
     merge: MergeConfig = MergeConfig()
-    gguf: GgufFiles = [GgufConfig(kind=kind) for kind in DELIVERED]
-    """The GGUF files to deliver, one of a kind."""
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        require_known_revisions(self.revision, (self.teacher_base, self.student_base))
+        require_held_out(self.train, validation=self.validation, test=self.test)
+        require_metric(self.gate, self.evaluate)
+        return self
 
     @model_validator(mode="after")
     def _files_lie_on_the_grid(self) -> Self:

@@ -18,10 +18,10 @@ from flows.report import publish, show
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import verdict_table
-from tasks.core.import_inputs import take_files, take_model
+from tasks.core.import_inputs import import_files, import_model
 from tasks.core.refs import AnyModel, GgufRef
 from tasks.distill.task import distil
-from tasks.distill.teacher_cache.task import remember
+from tasks.distill.teacher_cache.task import cache_teacher
 from tasks.evaluate.task import evaluate
 from tasks.gate.task import gate, require_passed
 from tasks.gguf.task import convert
@@ -39,13 +39,13 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     the student or a file lost more than `gate` allows.
     """
     with Stages(config) as run:
-        files = run("take data", take_files, config.files)
+        files = run("take data", import_files, config.files)
         pinned = config.revision.get
-        teacher_base = run("take teacher base", take_model, config.teacher_base, pinned(config.teacher_base))
-        student_base = run("take student base", take_model, config.student_base, pinned(config.student_base))
-        text = run("take text", take_files, {"text": config.text}) if config.text else None
+        teacher_base = run("take teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
+        student_base = run("take student base", import_model, config.student_base, pinned(config.student_base))
+        text = run("take text", import_files, {"text": config.text}) if config.text else None
         frequent = (
-            run("take vocabulary text", take_files, {"text": config.vocabulary_text})
+            run("take vocabulary text", import_files, {"text": config.vocabulary_text})
             if config.vocabulary_text
             else None
         )
@@ -54,7 +54,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         show_profile(dataset)
         teacher = run("teacher", fine_tune, config.teacher, teacher_base, dataset)
         states = (
-            None if config.student.teacher_online else run("states", remember, config.student.states, teacher, dataset)
+            None if config.student.teacher_online else run("states", cache_teacher, config.student.states, teacher, dataset)
         )
         student = run("student", distil, config.student, student_base, teacher, dataset, states, frequent)
         direct = (
@@ -83,7 +83,7 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         }
         for kind, file in ggufs.items():
             scores[kind] = run(f"evaluate {kind}", evaluate, config.evaluate, merged, dataset, kind, file, text)
-        verdict = run("gate", gate, config.gate, scores)
+        verdict = run.attempt("gate", gate, config.gate, scores)
         shown = {"ingest": dataset, "teacher": teacher, "student": student, "outliers": outliers}
         shown |= {"direct": direct} if direct else {}
         made = {"teacher": teacher, "student": student, "merged": merged, **ggufs}

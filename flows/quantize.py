@@ -7,17 +7,19 @@ model ── take ──┬── find outliers ──┐
 rows ── ingest ─┘
 """
 
-from typing import Any
+from typing import Any, Self
 
 from prefect import flow
-from pydantic import ConfigDict
+from pydantic import ConfigDict, model_validator
 
-from flows.config import DELIVERED, FlowConfig, GgufFiles, given_files
+from flows.checks import require_held_out, require_metric
+from flows.config import DELIVERED, GgufFiles, given_files
+from flows.flow_config import FlowConfig
 from flows.report import publish, show
 from flows.stages import Stages
 from flows.start import start
 from flows.verdict import verdict_table
-from tasks.core.import_inputs import take_files, take_model
+from tasks.core.import_inputs import import_files, import_model
 from tasks.core.refs import GgufRef
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
@@ -53,7 +55,21 @@ class QuantizeConfig(FlowConfig):
     gguf: GgufFiles = [GgufConfig(kind=kind) for kind in DELIVERED]
     """The GGUF files to make, one of a kind."""
     evaluate: EvaluateConfig = EvaluateConfig()
-    gate: GateConfig = GateConfig()
+    gate: GateConfig = GateConfig(student_points=None, gain_points=None)
+    """How much a file may lose beside the model. There is no teacher and no base here to judge the model by."""
+
+    @model_validator(mode="after")
+    def _inputs_fit(self) -> Self:
+        require_held_out(self.train, test=self.test)
+        require_metric(self.gate, self.evaluate)
+        for rule in ("student_points", "gain_points"):
+            if getattr(self.gate, rule) is not None:
+                raise ValueError(f"gate.{rule}: this flow evaluates no teacher and no base to judge by; set it to null")
+        return self
+
+    def unused_groups(self) -> dict[str, str]:
+        """The remedy's settings without a remedy."""
+        return {"merge": "merge.remedy is none; set it to rescale or clip"} if self.merge.remedy == "none" else {}
 
 
 @flow(name="stillhouse-quantize", validate_parameters=True, persist_result=False)
@@ -63,8 +79,8 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     Returns the summary that the report shows. Raises GateFailed, after the report, when a file lost too much.
     """
     with Stages(config) as run:
-        model = run("take model", take_model, config.model, config.revision)
-        files = run("take data", take_files, given_files(train=config.train, test=config.test))
+        model = run("take model", import_model, config.model, config.revision)
+        files = run("take data", import_files, given_files(train=config.train, test=config.test))
         dataset = run("ingest", ingest, config.ingest, files, model)
         outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
         verdict_table(run, outliers)
@@ -74,7 +90,7 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
         for one in config.gguf:
             made[one.kind] = gguf = run(f"gguf {one.kind}", convert, one, source, dataset, outliers=outliers)
             scores[one.kind] = run(f"evaluate {one.kind}", evaluate, config.evaluate, source, dataset, one.kind, gguf)
-        verdict = run("gate", gate, config.gate, {"student": scores["model"]} | _files(scores))
+        verdict = run.attempt("gate", gate, config.gate, {"student": scores["model"]} | _files(scores))
         summary = publish(run, dataset, scores, {"ingest": dataset, "outliers": outliers}, verdict, delivered=made)
         require_passed(verdict)
         return summary

@@ -9,12 +9,14 @@ from typing import Any, ParamSpec, Self, TypeVar
 from prefect import Task, get_run_logger
 from prefect.artifacts import create_link_artifact
 from prefect.runtime import flow_run
-from pydantic import BaseModel
 
-from tasks.core.inputs import remove_unused
+from flows.checks import idle
+from flows.flow_config import FlowConfig
+from tasks.core.errors import StageError
+from tasks.core.inputs import remove_unused_inputs
 from tasks.core.mlflow_run import Run
 from tasks.core.settings import Settings
-from tasks.core.shell import used_as
+from tasks.core.shell import stage_label
 from tasks.core.store import open_store
 from tasks.core.tracking import Tracker, tracker
 
@@ -25,21 +27,24 @@ R = TypeVar("R")
 class Stages:
     """`run(name, task, *arguments)` calls a task in this process (so that cancelling reaches its child at once)."""
 
-    def __init__(self, config: BaseModel) -> None:
+    def __init__(self, config: FlowConfig) -> None:
         self.settings = Settings()
         self.flow_run_id = str(flow_run.get_id())
         self.report = report_directory(self.settings.root, str(flow_run.get_name()), self.flow_run_id)
         self.records: list[dict[str, Any]] = []
+        self.warnings = idle(config)
         self._config = config
 
     def __enter__(self) -> Self:
-        remove_unused(self.settings)
+        remove_unused_inputs(self.settings)
         open_store(self.settings.store_uri).check()
         logger = get_run_logger()
+        for warning in self.warnings:
+            logger.warning(warning)
         self.tracker: Tracker = tracker(self.settings, logger.warning)
-        self.tracker.reap()
+        self.tracker.end_dead_runs()
         self.mlflow: Run = self.tracker.flow()
-        self._ending = self.tracker.ended(self.mlflow)
+        self._ending = self.tracker.ending(self.mlflow)
         self._ending.__enter__()
         self.mlflow.params(flat(self._config.model_dump(mode="json")))
         link = self.tracker.link(self.mlflow)
@@ -50,11 +55,18 @@ class Stages:
     def __call__(self, name: str, task: "Task[P, R]", *arguments: P.args, **options: P.kwargs) -> R:
         """The task's result; its name, seconds and whether it came from the cache are kept in `records`."""
         start = time.monotonic()
-        with used_as(name):
+        with stage_label(name):
             state = task(*arguments, return_state=True, **options)
         seconds = round(time.monotonic() - start, 3)
         self.records.append({"name": name, "seconds": seconds, "cached": state.name == "Cached"})
         return state.result()  # raises what the task raised
+
+    def attempt(self, name: str, task: "Task[P, R]", *arguments: P.args, **options: P.kwargs) -> R | StageError:
+        """As a call, but a stage's failure is returned instead of raised: a report can be written before it is."""
+        try:
+            return self(name, task, *arguments, **options)
+        except StageError as error:
+            return error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

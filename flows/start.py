@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from prefect.settings import temporary_settings
 
-from flows.config import FlowConfig
+from flows.flow_config import FlowConfig
 from tasks.core.errors import StageError
 
 C = TypeVar("C", bound=FlowConfig)

@@ -15,7 +15,7 @@ from flows.report.page import render
 from flows.report.terminal import RATES, cells
 from flows.stages import Stages
 from tasks.core.refs import DatasetRef, ReportRef
-from tasks.core.shell import AnyRef
+from tasks.core.refs import Ref
 
 STAGE_OF = {"teacher-base": "base", "student-base": "base", "teacher": "teacher", "direct": "direct",
             "student": "student", "merged": "merged"}  # fmt: skip
@@ -25,11 +25,11 @@ def publish(
     run: Stages,
     dataset: DatasetRef,
     scores: dict[str, ReportRef],
-    shown: Mapping[str, AnyRef],
+    shown: Mapping[str, Ref],
     gate: ReportRef | None = None,
     kinds: Mapping[str, str] = STAGE_OF,
     more: Mapping[str, Any] | None = None,
-    delivered: Mapping[str, AnyRef] | None = None,
+    delivered: Mapping[str, Ref] | None = None,
 ) -> dict[str, Any]:
     """Writes the report's directory, logs it to MLflow and Prefect, and returns the summary.
 
@@ -46,6 +46,7 @@ def publish(
         "evaluations": {name: {"digest": ref.digest, **ref.facts} for name, ref in scores.items()},
         "gate": dict(gate.facts) if gate is not None else None,
         "dataset": {"digest": dataset.digest, **dataset.facts},
+        "warnings": run.warnings,
         "stages": run.records,
         "artifacts": {name: ref.digest for name, ref in (delivered or {}).items()},
         "flow_run_id": run.flow_run_id,

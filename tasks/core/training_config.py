@@ -1,15 +1,15 @@
 """Settings of a training loop, shared by the stages that train: fine-tuning and distillation."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from tasks.core.config import RUN_WIDE, OnlyWith, StageConfig
 
 ADAPTED = OnlyWith("method", ("lora", "qlora"))
 # How a run is worked off, not what it makes: a checkpoint serves whatever these are.
-HOW = {
+EXECUTION_FIELDS = {
     "processes", "strategy", "micro_batch_size", "gradient_checkpointing", "compile", "cuda_graphs", "loss_chunk_mib",
     "memory_gib", "save_every_steps", "save_every_seconds",
 }  # fmt: skip
@@ -96,3 +96,12 @@ class TrainingConfig(StageConfig):
     """A checkpoint at least this often."""
     rollbacks: int = Field(2, ge=0, le=8)
     """How often a diverged run goes back to its last checkpoint with half the learning rate before it gives up."""
+
+    @model_validator(mode="after")
+    def _processes_share_a_batch(self) -> Self:
+        processes = getattr(self, "processes", 1)
+        if self.batch_size % processes:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be split over processes={processes}: make it a multiple"
+            )
+        return self

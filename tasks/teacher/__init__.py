@@ -1,8 +1,8 @@
 """Fine-tunes the teacher on the team's rows: LoRA, QLoRA or all weights."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.core.config import MoreThan, OnlyWith
 from tasks.core.training_config import TrainingConfig
@@ -20,3 +20,10 @@ class FineTuneConfig(TrainingConfig):
     """GPUs of this host that train together, one process each; `batch_size` is split over them."""
     strategy: Annotated[Literal["ddp", "fsdp2"], OnlyWith("processes", MoreThan(1))] = "ddp"
     """With several processes: a whole model in each, or each layer's weights and optimizer state split over them."""
+
+    @model_validator(mode="after")
+    def _fp8_multiplies_frozen_weights(self) -> Self:
+        wide = self.precision not in ("auto", "bfloat16")
+        if self.fp8 and (self.method != "lora" or self.use_dora or self.dropout or wide):
+            raise ValueError("fp8=true is for method=lora in bfloat16, without use_dora and dropout; set fp8=false")
+        return self

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 from prefect.utilities.callables import parameter_schema
 from pydantic import ValidationError
 
 from flows.config import PipelineConfig
+from flows.flow_config import FlowConfig
+from tasks.core.config import run_wide
 
 NEEDED = {"train": "t.jsonl", "teacher_base": "a", "student_base": "b"}
 
@@ -36,29 +39,88 @@ def test_the_direct_run_trains_as_the_student_does() -> None:
     assert config.direct_config.method == "lora"
 
 
-def test_every_field_has_help_for_the_form() -> None:
-    schema = PipelineConfig.model_json_schema()
-    described = [schema, *schema["$defs"].values()]
+FLOWS = {"pipeline": NEEDED, "ablation": NEEDED, "audit": {"models": {"a": "b"}},
+         "quantize": {"model": "m", "train": "t"},
+         "bakeoff": {"model": "m", "train": "t"}}  # fmt: skip
+"""Each flow with the least it needs."""
+
+
+def config_of(flow: str) -> type[FlowConfig]:
+    return get_type_hints(getattr(import_module(f"flows.{flow}"), flow).fn)["config"]
+
+
+def form_of(flow: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flow's fields and the form's definitions, as Prefect has them."""
+    definitions = parameter_schema(getattr(import_module(f"flows.{flow}"), flow).fn).definitions
+    [fields] = [schema["properties"] for schema in definitions.values() if "ingest" in schema["properties"]]
+    return fields, definitions
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_every_field_has_help_for_the_form(flow: str) -> None:
+    _, definitions = form_of(flow)
     missing = [
         f"{model['title']}.{name}"
-        for model in described
+        for model in definitions.values()
         for name, field in model.get("properties", {}).items()
-        if "description" not in field and "$ref" not in field
+        if "description" not in field
     ]
     assert not missing
 
 
-@pytest.mark.parametrize("flow", ["pipeline", "audit", "quantize", "bakeoff", "ablation"])
-def test_a_group_of_the_form_is_called_by_its_setting_and_says_what_it_is_for(flow: str) -> None:
-    """As Prefect's form merges them: what stands at the setting goes before what its class says."""
-    form = parameter_schema(getattr(import_module(f"flows.{flow}"), flow).fn).definitions
-    [config] = [one for one in form.values() if "ingest" in one["properties"]]
-    groups = {name: field for name, field in config["properties"].items() if "$ref" in field}
-    assert "ingest" in groups
-    for name, field in groups.items():
-        shown = form[field["$ref"].removeprefix("#/definitions/")] | field
-        assert shown["title"] == name.title()
-        assert len(shown["description"]) > 30 and not shown["description"].startswith("Settings of")
+@pytest.mark.parametrize("flow", FLOWS)
+def test_a_group_of_the_form_is_closed_and_called_by_its_setting(flow: str) -> None:
+    fields, definitions = form_of(flow)
+    groups = config_of(flow).groups()
+    assert "ingest" in groups and list(fields)[-len(groups) :] == list(groups), "groups come last"
+    for name in groups:
+        assert fields[name]["default"] is None and fields[name]["anyOf"][1] == {"type": "null"}
+        assert fields[name]["title"] == name.title() and len(fields[name]["description"]) > 30
+        inside = definitions[fields[name]["anyOf"][0]["$ref"].removeprefix("#/definitions/")]["properties"]
+        assert not inside.keys() & FlowConfig.model_fields, "what all stages share stands at the top"
+        for key, value in config_of(flow).default(name).model_dump(mode="json", exclude_unset=True).items():
+            assert inside[key]["default"] == value, "an opened group shows this flow's defaults"
+
+
+def test_the_form_asks_first_for_what_has_to_be_filled_in() -> None:
+    fields, _ = form_of("pipeline")
+    assert list(fields)[:6] == ["train", "validation", "test", "teacher_base", "student_base", "gguf"]
+    assert fields["gguf"]["default"] == ["BF16", "Q8_0", "Q4_0", "Q4_K_M"]
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_run_wide_settings_reach_every_stage_and_are_refused_inside_one(flow: str) -> None:
+    config_class, needed = config_of(flow), FLOWS[flow]
+    config = config_class.model_validate({**needed, "max_length": 77, "out_of_scope_intent": "other"})
+    kinds = {**config_class.groups(), **config_class.lists()}
+    for name, kind in kinds.items():
+        values = getattr(config, name)
+        for group in values if isinstance(values, list) else [values]:
+            assert getattr(group, "max_length", 77) == 77 and getattr(group, "out_of_scope_intent", "other") == "other"
+        for key in run_wide(kind):
+            inside: Any = {key: getattr(config, key)}
+            if name in config_class.lists():
+                inside = [{**config_class.default(name)[0].model_dump(exclude_unset=True), **inside}]
+            with pytest.raises(ValidationError, match=f"{name}.{key}: set {key} at the top"):
+                config_class.model_validate({**needed, name: inside})
+    again = config.model_dump(mode="json")
+    assert config_class.model_validate(again) == config and "max_length" not in again["ingest"]
+
+
+def test_an_untouched_group_of_the_form_is_the_flows_default() -> None:
+    config = config_of("ablation").model_validate({**NEEDED, "teacher": None, "student": {"rank": 3}})
+    assert config == config_of("ablation").model_validate({**NEEDED, "student": {"rank": 3, "method": "lora"}})
+    assert config.student.learning_rate == 2e-4, "and one that is touched starts from it"
+
+
+def test_a_preset_is_merged_setting_by_setting() -> None:
+    settings = {"train": "my.jsonl", "preset": "gemma-3-qat-24gb", "student": {"rank": 9}, "gguf": ["Q8_0"]}
+    config = PipelineConfig.model_validate(settings)
+    assert config.teacher_base == "google/gemma-3-1b-it-qat-q4_0-unquantized" and config.train == "my.jsonl"
+    assert (config.student.rank, config.student.micro_batch_size, config.student.loss_chunk_mib) == (9, 32, 1024)
+    assert [item.kind for item in config.gguf] == ["Q8_0"]
+    with pytest.raises(ValidationError, match="there is no 'gemma'; there are"):
+        PipelineConfig.model_validate({**NEEDED, "preset": "gemma"})
 
 
 def test_importing_the_flows_loads_no_torch() -> None:
