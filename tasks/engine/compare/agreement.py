@@ -1,9 +1,9 @@
-"""Do two models say the same? KL(reference || other) and top-1 agreement on the answers' tokens, whole vocabulary.
+"""Agreement of two models: KL(reference || other) and top-1 agreement on the answers' tokens, over the vocabulary.
 
 agreement = Agreement()
 for example in examples:
     agreement.add(answer_logits(reference, example), answer_logits(other, example))
-agreement.gate("merged model", max_mean_kl=0.01, min_top1=0.98)
+agreement.require("merged model", max_mean_kl=0.01, min_top1=0.98)
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from tasks.core.rows import Row, read_rows
 from tasks.engine.data.chat_template import IGNORE, Example
 
 
-def held_out(dataset: Path, count: int) -> list[Row]:
+def test_rows(dataset: Path, count: int) -> list[Row]:
     """`count` rows of `test.jsonl`, evenly spread over the file; all of them when there are fewer."""
     rows = list(read_rows(dataset / "test.jsonl"))
     if not rows:
@@ -40,14 +40,17 @@ def answer_logits(model: PreTrainedModel, example: Example) -> Tensor:
 
 
 class Agreement:
-    """Sums over tokens. A NaN or infinite logit in either model counts as no agreement and is not in the mean."""
+    """KL divergence and top-1 agreement, summed over tokens; V is the vocabulary.
+
+    A token with a NaN or infinite logit in either model counts as no agreement and is left out of the mean KL.
+    """
 
     def __init__(self) -> None:
         self.tokens = self.same_top1 = self.not_finite = 0
         self.kl = self.worst_kl = 0.0
 
     def add(self, reference: Tensor, other: Tensor) -> None:
-        """Logits of the same tokens: [tokens, vocabulary] each; a padded vocabulary is cut to the smaller one."""
+        """Adds logits of the same tokens, [tokens, V] each; a padded vocabulary is cut to the smaller one."""
         width = min(reference.shape[-1], other.shape[-1])
         reference, other = reference[:, :width], other[:, :width]
         finite = reference.isfinite().all(-1) & other.isfinite().all(-1)
@@ -79,11 +82,11 @@ class Agreement:
             "not_finite": float(self.not_finite),
         }
 
-    def gate(self, what: str, max_mean_kl: float, min_top1: float) -> None:
-        """Raises GateFailed with the numbers when they are out of the budget."""
+    def require(self, label: str, max_mean_kl: float, min_top1: float) -> None:
+        """Raises GateFailed with the numbers when they exceed the limits; `label` names the other model."""
         if self.not_finite or not self.mean_kl <= max_mean_kl or self.top1 < min_top1:
             raise GateFailed(
-                f"{what} does not agree with its source on {self.tokens} answer tokens: mean KL {self.mean_kl:.3g} "
+                f"{label} does not agree with its source on {self.tokens} answer tokens: mean KL {self.mean_kl:.3g} "
                 f"(at most {max_mean_kl:g}), top-1 agreement {self.top1:.1%} (at least {min_top1:.1%}), "
                 f"{self.not_finite} tokens with NaN or infinite logits (none allowed)"
             )

@@ -1,7 +1,4 @@
-"""A changed model tried against reference logits, teacher forced.
-
-`exact` is the share of rows whose every answer token is the most likely one: when greedy decoding writes the label.
-"""
+"""Scores a changed model against reference logits on the answers, teacher forced."""
 
 import torch
 from torch import Tensor
@@ -11,11 +8,12 @@ from tasks.engine.compare.agreement import Agreement, answer_start
 from tasks.engine.data.chat_template import Example
 
 
-def trial(other: PreTrainedModel, examples: list[Example], reference: list[Tensor]) -> dict[str, float]:
-    """Mean and worst KL, top-1 agreement, tokens that are not finite, and `exact`, of `other` on the answers."""
+def compare_answers(model: PreTrainedModel, examples: list[Example], reference: list[Tensor]) -> dict[str, float]:
+    """Mean and worst KL, top-1 agreement and tokens that are not finite, of `model` on the answers; and `exact`, the
+    share of rows whose every answer token is the most likely one, so that greedy decoding writes the label."""
     agreement, exact = Agreement(), 0
     for example, expected in zip(examples, reference, strict=True):
-        logits = _logits(other, example)
+        logits = _logits(model, example)
         agreement.add(expected, logits)
         exact += bool(logits.isfinite().all()) and logits.argmax(-1).tolist() == example.answer_ids
     return {**agreement.metrics(), "exact": exact / len(examples)}

@@ -1,6 +1,6 @@
-"""A model's answers remembered, so that the model itself can go before the one that it is compared with comes.
+"""Reference logits without the reference model: its hidden states and LM head, so that it need not stay in memory.
 
-reference = Remembered(load_model(a, "float32"), examples)      # final hidden states: H numbers a token, not V
+reference = ReferenceLogits(load_model(a, "float32"), examples)      # final hidden states: H numbers a token, not V
 other = load_model(b, "float32")
 agreement.add(reference.logits(i), answer_logits(other, examples[i]))
 """
@@ -15,14 +15,14 @@ from tasks.core.errors import BadConfig
 from tasks.engine.compare.agreement import answer_logits
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import collate, to_device
-from tasks.engine.losses import Head
+from tasks.engine.losses.loss_mix import Head
 from tasks.engine.models.lm_head import check_head, head_of, hidden_states
 
 
-class Remembered:
-    """What is needed to make the logits of `examples`' answer tokens again: hidden states and the head.
+class ReferenceLogits:
+    """A model's logits on the answers of `examples`, stored as final hidden states and recomputed with the LM head.
 
-    Of a model that the head alone does not explain, the logits themselves are kept: rows x vocabulary in float32.
+    Of a model whose head does not give its logits, the logits themselves are stored: rows x vocabulary in float32.
     """
 
     @torch.inference_mode()
@@ -45,7 +45,7 @@ class Remembered:
             return self._rows[i]
         return self._head.logits(self._rows[i]).float().cpu()
 
-    def share_head(self, other: "Remembered") -> None:
-        """Forgets its own head where `other` has an equal one: a merge seldom changes it."""
+    def share_head(self, other: "ReferenceLogits") -> None:
+        """Uses `other`'s head in place of an equal one of its own, to free memory: a merge seldom changes it."""
         if self._head and other._head and torch.equal(self._head.weight, other._head.weight):
             self._head = other._head

@@ -38,7 +38,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, end: int | None = None)
     Labels are the messages that `row.labels` names, each with its end of turn, or the last one. Raises ValueError when
     the conversation does not start with what generation of one of them would start with.
     """
-    end = turn_end(tokenizer) if end is None else end
+    end = end_of_turn_id(tokenizer) if end is None else end
     messages = [message.model_dump() for message in row.messages]
     last = len(messages) - 1
     whole = _text(tokenizer, messages, generation=False)
@@ -69,7 +69,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> lis
 
     One token less for each answer whose first characters would merge with the opening before it.
     """
-    end = turn_end(tokenizer)
+    end = end_of_turn_id(tokenizer)
     texts = [_text(tokenizer, [one.model_dump() for one in row.messages], generation=False) for row in rows]
     found = []
     for row, ids in zip(rows, _ids(tokenizer, texts), strict=True):
@@ -106,7 +106,7 @@ def _end_of_turn(ids: list[int], start: int, stop: int, end: int) -> int:
     return next((at + 1 for at in range(stop - 1, start - 1, -1) if ids[at] == end), stop)
 
 
-def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant's turn: the first that the template writes after the answer, else EOS."""
     mark = "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
@@ -119,9 +119,9 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(cast(int, tokenizer.eos_token_id))
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, model_or_config: Any) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_or_config: Any) -> list[int]:
     """Tokens at which generation stops: the model's own EOS ids, the tokenizer's, and the template's end of turn."""
-    found = {turn_end(tokenizer), tokenizer.eos_token_id}
+    found = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
     for source in (getattr(model_or_config, "generation_config", None), getattr(model_or_config, "config", None)):
         found.update(_listed(getattr(source, "eos_token_id", None)))
     found.update(_listed(getattr(model_or_config, "eos_token_id", None)))

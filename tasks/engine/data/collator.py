@@ -1,34 +1,28 @@
-"""Rows to batches: which rows a step sees, and the tensors that the loss needs.
+"""Rows as tensors: the batch that model and loss take, padded on the right.
 
-Rows are packed without padding (tasks.engine.data.sequence_packing), or, for models that cannot be packed, padded
-here on the right.
-No attention mask is made: under causal attention a real token never sees what follows it, and padded positions carry
-no label.
+Rows of models that support it are packed without padding instead (tasks.engine.data.sequence_packing). No attention
+mask is made: under causal attention a real token never sees what follows it, and padded positions carry no label.
 """
 
-import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from tasks.core.errors import BadData
-from tasks.core.rows import read_rows
-from tasks.engine.data.chat_template import IGNORE, Example, encode, turn_end
-from tasks.engine.losses.gradient_accumulation import Fresh
+from tasks.engine.data.chat_template import IGNORE, Example
+from tasks.engine.losses.gradient_accumulation import OverwriteBuffer
 
 
 class Batch(TypedDict):
-    """`input_ids` (B, L); `positions` (N,) into the flattened (B * L) whose next token is a label; `labels` (N,).
+    """B rows of L tokens: `input_ids` (B, L); `positions` (N,) into the flattened (B * L) whose next token is a label;
+    these tokens as `labels` (N,).
 
-    Labels are in the order of `rows` (places in the list of examples), then of position. A packed batch has B = 1,
-    `position_ids` (1, L) that begin anew with each row and the rows' borders `cu_seqlens` (rows + 1,) in int32; both
-    are None in a padded one. `longest` bounds the tokens of its rows. `head_grad` (V, H), where it is there, takes the
+    Labels are in the order of `rows` (indices into the examples), then of position. A packed batch has B = 1,
+    `position_ids` (1, L) that restart with each row, and the rows' borders `cu_seqlens` (rows + 1,) in int32; both
+    are None in a padded one. `longest` bounds the tokens of its rows. `head_grad` (V, H), where set, takes the
     head's gradient of the summed loss, `head_weight` is the head in the dtype that it is multiplied in, and
-    `stack` runs the layers (tasks.engine.speed.cuda_graphs).
+    `decoder` runs the layers in place of the model's own (tasks.engine.speed.cuda_graphs).
     """
 
     input_ids: Tensor
@@ -39,51 +33,13 @@ class Batch(TypedDict):
     position_ids: Tensor | None
     cu_seqlens: Tensor | None
     longest: int
-    head_grad: NotRequired[Tensor | Fresh]
+    head_grad: NotRequired[Tensor | OverwriteBuffer]
     head_weight: NotRequired[Tensor]
-    stack: NotRequired[Callable[["Batch", Tensor], Tensor]]
-
-
-def encode_file(
-    tokenizer: PreTrainedTokenizerBase, path: Path, max_length: int, warn: Callable[[str], None]
-) -> list[Example]:
-    """The rows of a canonical JSONL file as ids; rows over `max_length` tokens are left out, and named."""
-    end, kept, long = turn_end(tokenizer), [], []
-    for number, row in enumerate(read_rows(path), start=1):
-        try:
-            example = encode(tokenizer, row, end)
-        except ValueError as error:
-            raise ValueError(f"{path.name} row {number}: {error}") from error
-        if len(example.input_ids) > max_length:
-            long.append(f"{number} ({len(example.input_ids)} tokens)")
-        else:
-            kept.append(example)
-    if long:
-        named = ", ".join(long[:5]) + (" ..." if len(long) > 5 else "")
-        warn(f"{path.name}: {len(long)} rows are longer than max_length={max_length} and left out: {named}")
-    if not kept:
-        raise BadData(f"{path}: no row to train on: {len(long)} are longer than max_length={max_length}, raise it")
-    return kept
-
-
-def row_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[int]:
-    """Rows of all steps, `batch_size` a step: one shuffle of all rows after another, without a seam between them.
-
-    Inside a step rows are sorted by length, so that micro-batches need little padding; which rows share a step
-    stays random.
-    """
-    shuffle, order = random.Random(seed), list[int]()
-    while len(order) < steps * batch_size:
-        order += shuffle.sample(range(len(lengths)), len(lengths))
-    return [
-        row
-        for start in range(0, steps * batch_size, batch_size)
-        for row in sorted(order[start : start + batch_size], key=lambda row: (lengths[row], row))
-    ]
+    decoder: NotRequired[Callable[["Batch", Tensor], Tensor]]
 
 
 def collate(items: Sequence[tuple[int, Example]], multiple: int = 1) -> Batch:
-    """Pads rows to the longest, rounded up to `multiple`."""
+    """A batch of (number, example) rows, padded to the longest, rounded up to `multiple`."""
     longest = max(len(example.input_ids) for _, example in items)
     longest = -(-longest // multiple) * multiple
     input_ids = torch.zeros((len(items), longest), dtype=torch.long)

@@ -1,5 +1,4 @@
-"""A run's micro-batches as tensors, in the order in which training meets them: packed, or padded where a model cannot
-be packed (tasks.engine.data.sequence_packing)."""
+"""Datasets of micro-batches for training and validation: packed, or padded where a model cannot be packed."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,21 +7,22 @@ from torch.utils.data import Dataset
 
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import Batch, collate
-from tasks.engine.data.sequence_packing import Packing, evened, pack, pack_all, plan_packing
+from tasks.engine.data.sampler import balance_steps
+from tasks.engine.data.sequence_packing import Packing, collate_packed, pack_first_fit, pack_steps
 from tasks.engine.models.lm_head import unwrap
 
 
-def is_packed(model: nn.Module) -> bool:
+def uses_packed_attention(model: nn.Module) -> bool:
     """Whether the model's attention keeps packed rows apart."""
     return str(unwrap(model).config.get_text_config()._attn_implementation).startswith("packed")
 
 
-class Feed(Dataset[Batch]):
+class MicroBatchDataset(Dataset[Batch]):
     """Micro-batches of `order` (`batch_size` rows a step), `batch_size / micro_batch` a step.
 
-    `shapes` is the number of static lengths, 0 for lengths as they come; a padded row is as long as its
-    micro-batch's longest. Lengths are multiples of `multiple`. Rows of `window` steps change places so that these steps
-    are of one size.
+    `shapes` is the number of static lengths, 0 for each micro-batch's own; a padded row is as long as its
+    micro-batch's longest. Lengths are multiples of `multiple`. Rows of `window` steps are exchanged among these steps,
+    so that all are of one size (tasks.engine.data.sampler.balance_steps).
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class Feed(Dataset[Batch]):
     ) -> None:
         if window > 1:
             sizes = [(len(example.input_ids), len(example.answer_ids)) for example in examples]
-            order = evened(sizes, order, batch_size, window)
+            order = balance_steps(sizes, order, batch_size, window)
         self.examples, self.multiple = examples, multiple
         self.packing: Packing | None = None
         if packed:
             lengths = [len(example.input_ids) for example in examples]
-            self.packing = plan_packing(lengths, order, batch_size, micro_batch, shapes, multiple)
+            self.packing = pack_steps(lengths, order, batch_size, micro_batch, shapes, multiple)
             self.micro_batches = self.packing.micro_batches
         else:
             starts = range(0, len(order), micro_batch)
@@ -57,18 +57,19 @@ class Feed(Dataset[Batch]):
         """Of all micro-batches together, without padding."""
         return sum(len(self.examples[row].input_ids) for rows in self.micro_batches for row in rows)
 
-    def __getitem__(self, place: int) -> Batch:
-        items = [(row, self.examples[row]) for row in self.micro_batches[place]]
-        return pack(items, self.packing) if self.packing else collate(items, self.multiple)
+    def __getitem__(self, index: int) -> Batch:
+        items = [(row, self.examples[row]) for row in self.micro_batches[index]]
+        return collate_packed(items, self.packing) if self.packing else collate(items, self.multiple)
 
 
-def every_row(examples: Sequence[Example], first: int, micro_batch: int, packed: bool) -> Iterator[Batch]:
-    """All of `examples`, numbered from `first`, in batches of `micro_batch` rows of the longest's length, or less."""
+def evaluation_batches(examples: Sequence[Example], first: int, micro_batch: int, packed: bool) -> Iterator[Batch]:
+    """Batches of all `examples`, numbered from `first` and regrouped by length; a batch has at most the tokens of
+    `micro_batch` rows as long as the longest."""
     lengths = [len(example.input_ids) for example in examples]
     if packed:
-        packing = pack_all(lengths, micro_batch * max(lengths, default=1))
+        packing = pack_first_fit(lengths, micro_batch * max(lengths, default=1))
         for rows in packing.micro_batches:
-            yield pack([(first + row, examples[row]) for row in rows], packing)
+            yield collate_packed([(first + row, examples[row]) for row in rows], packing)
         return
     order = sorted(range(len(examples)), key=lambda row: lengths[row])
     for start in range(0, len(order), micro_batch):

@@ -1,6 +1,6 @@
-"""Prints what a training run needs of a card.
+"""Prints the predicted device memory of a training run.
 
-python -m tasks.engine.memory                                        # published setups beside what is predicted
+python -m tasks.engine.memory                                        # reported setups, with the predictions
 python -m tasks.engine.memory config.json --base DIR [--tokens 4096] # a fine-tuning config on a model
 """
 
@@ -13,10 +13,10 @@ from transformers import Gemma3nConfig, Gemma3TextConfig, PretrainedConfig
 
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.memory.model_sizes import count
+from tasks.engine.memory.model_sizes import count_sizes
 from tasks.engine.memory.predict import predict
-from tasks.engine.memory.workload import load_of
-from tasks.engine.models.load import read_config
+from tasks.engine.memory.workload import workload_of
+from tasks.engine.models.model_config import read_config
 from tasks.engine.models.trainable import Method
 
 Size = Literal["270M", "1B", "4B", "12B", "E2B", "E4B"]
@@ -38,9 +38,9 @@ GEMMA3N: dict[str, dict[str, Any]] = {
 
 
 class Setup(NamedTuple):
-    """A setup somebody reported a peak of, in GB of the card."""
+    """A training setup with the GB of the card that its users reported."""
 
-    what: str
+    title: str
     size: Size
     settings: dict[str, Any]
     rows: int
@@ -50,7 +50,7 @@ class Setup(NamedTuple):
 TRINITY = dict(rank=64, alpha=32, use_rslora=True, use_dora=True, target_modules=ALL, optimizer="adamw_8bit",
                gradient_checkpointing=True)  # fmt: skip
 SMALL = dict(rank=16, target_modules=ALL, max_length=2048, gradient_checkpointing=True)
-SEEDS = [
+REPORTED = [
     Setup("12B, QLoRA r=64, rsLoRA, DoRA, 4096 tokens", "12B", {**TRINITY, "max_length": 4096}, 1, "15.6 of a T4's 16"),
     Setup("the same, 2048 tokens", "12B", {**TRINITY, "max_length": 2048}, 1, "3 less"),
     Setup("and rank 32", "12B", {**TRINITY, "max_length": 2048, "rank": 32}, 1, "2 less"),
@@ -75,15 +75,16 @@ def shape(size: str) -> PretrainedConfig:
 
 
 def published() -> list[dict[str, str]]:
-    """Each of the seeds' setups with its reported figure and the prediction, part by part, in GiB."""
+    """Each reported setup with its figure and the prediction, part by part, in GiB."""
     rows = []
-    for setup in SEEDS:
+    for setup in REPORTED:
         config = TrainingConfig(**setup.settings, precision="bfloat16", compile="off")
         parts = predict(
-            count(shape(setup.size), config, "qlora"), load_of(config, "qlora", setup.rows * config.max_length)
+            count_sizes(shape(setup.size), config, "qlora"),
+            workload_of(config, "qlora", setup.rows * config.max_length),
         )
-        told = {name: f"{value:.2f}" for name, value in parts.table().items()}
-        rows.append({"setup": setup.what, "reported (GB)": setup.reported, **told})
+        predicted = {name: f"{value:.2f}" for name, value in parts.table().items()}
+        rows.append({"setup": setup.title, "reported (GB)": setup.reported, **predicted})
     return rows
 
 
@@ -106,10 +107,10 @@ def main() -> None:
         return
     settings = json.loads(arguments.config.read_text())
     method: Method = settings.pop("method", "lora")
-    known = {name: value for name, value in settings.items() if name in TrainingConfig.model_fields}
-    config = TrainingConfig(**{"precision": "bfloat16", **known})
+    settings = {name: value for name, value in settings.items() if name in TrainingConfig.model_fields}
+    config = TrainingConfig(**{"precision": "bfloat16", **settings})
     tokens = arguments.tokens or config.micro_batch_size * config.max_length
-    parts = predict(count(read_config(arguments.base.base), config, method), load_of(config, method, tokens))
+    parts = predict(count_sizes(read_config(arguments.base.base), config, method), workload_of(config, method, tokens))
     print(table([{name: f"{value:.2f}" for name, value in parts.table().items()}]))
 
 

@@ -1,4 +1,4 @@
-"""What of a config, and of its micro-batches, moves memory."""
+"""What of a training config and its micro-batches decides memory."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,13 @@ from tasks.core.training_config import TrainingConfig
 from tasks.engine.models.trainable import Method
 
 
-class Load(NamedTuple):
-    """`tokens` are a micro-batch's, `labels` those of them with a label; `gated` stands
-    for the adapted MLP as one operation (tasks.engine.speed.fused_lora.mlp), `away` for activations kept by the host
-    (tasks.engine.speed.offload). `beside` are bytes of what lies beside the trained model, `per_label` bytes that
-    each label
-    brings along."""
+class Workload(NamedTuple):
+    """A micro-batch of `tokens` tokens, `labels` of them with a label, and how it is computed.
+
+    `fused_mlp`: the adapted MLP is one operation (tasks.engine.speed.fused_lora.mlp). `offloaded`: activations wait in
+    host memory (tasks.engine.speed.offload). `extra` are bytes of what is on the device beside the trained model,
+    `per_label` further bytes for each label.
+    """
 
     method: Method
     tokens: int
@@ -22,21 +23,21 @@ class Load(NamedTuple):
     dora: bool
     dropout: bool
     compiled: bool
-    gated: bool
+    fused_mlp: bool
     chunk_bytes: int
-    away: bool = False
-    beside: float = 0.0
+    offloaded: bool = False
+    extra: float = 0.0
     per_label: float = 0.0
 
     @property
-    def replayed(self) -> bool:
+    def cuda_graphs(self) -> bool:
         """Whether the run is replayed as CUDA graphs, whose gradients always lie in one buffer."""
         return self.precision == "bfloat16" and self.optimizer == "adamw" and not self.dropout
 
 
-def load_of(config: TrainingConfig, method: Method, tokens: int, labels: int | None = None) -> Load:
-    """A config's part in it, with micro-batches of `tokens` tokens."""
-    return Load(
+def workload_of(config: TrainingConfig, method: Method, tokens: int, labels: int | None = None) -> Workload:
+    """The workload of a config with micro-batches of `tokens` tokens, all of them with a label by default."""
+    return Workload(
         method,
         tokens,
         tokens if labels is None else labels,

@@ -14,35 +14,29 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
-
-# Gemma 3n multiplies its residual streams with one another (AltUp), which no rounding of matrices' inputs keeps small.
-REFUSED = ("gemma3n",)
+from tasks.engine.models.families import family_of
 
 
-def is_refused(model_type: str) -> bool:
-    """Whether an architecture cannot be trained in float16."""
-    return model_type.startswith(REFUSED)
-
-
-def reading_norms_in_float32(loads: Any) -> Any:
+def with_float32_norms(architecture: Any) -> Any:
     """A model class that reads its norms in float32 where all else is read in float16: Gemma stores gain - 1, and a
     gain near 0 is lost near -1."""
-    kept = [*(loads._keep_in_fp32_modules or []), "norm"]
-    return type(loads.__name__, (loads,), {"_keep_in_fp32_modules": kept, "__module__": loads.__module__})
+    modules = [*(architecture._keep_in_fp32_modules or []), "norm"]
+    attributes = {"_keep_in_fp32_modules": modules, "__module__": architecture.__module__}
+    return type(architecture.__name__, (architecture,), attributes)
 
 
-def module_dtype(model: PreTrainedModel) -> torch.dtype:
-    """What the model's embedding, and so its matrices, are kept in."""
+def matrix_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the model's embedding, and so of its matrices."""
     return cast(nn.Embedding, model.get_input_embeddings()).weight.dtype
 
 
-def keep_range(model: PreTrainedModel) -> None:
-    """Makes a model whose matrices are float16, or whose matrices autocast rounds to it, keep its range.
+def keep_residual_in_float32(model: PreTrainedModel) -> None:
+    """Hooks that compute a model's residual stream in float32, where its matrices are float16 or autocast rounds to it.
 
-    Raises BadConfig for architectures whose residual stream enters matrices.
+    Raises BadConfig for families whose residual stream enters products unnormed.
     """
     config = model.config.get_text_config()
-    if is_refused(config.model_type):
+    if not family_of(config.model_type).trains_in_float16:
         raise BadConfig(
             f"{config.model_type} does not keep its residual stream out of float16: set precision=float32, or use a "
             "card with bfloat16 (Ampere or newer)"
@@ -52,7 +46,7 @@ def keep_range(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Embedding) and module is model.get_input_embeddings():
             module.register_forward_hook(_embed_exactly)
         elif name.endswith(("q_norm", "k_norm")):  # of a head's queries and keys, which are small
-            module.to(module_dtype(model))
+            module.to(matrix_dtype(model))
         elif kind.endswith(("RMSNorm", "LayerNorm")) and module.weight.shape == (config.hidden_size,):
             module.to(torch.float32)
             module.register_forward_pre_hook(_to_float32)

@@ -1,4 +1,8 @@
-"""A causal model taken apart: its body, which makes hidden states, and its head, which makes logits of few of them."""
+"""Runs decoder and LM head apart, so that logits exist at labelled positions only.
+
+hidden = hidden_states(model, batch)        # (N, H), at the batch's N labelled positions
+logits = head_of(model).logits(hidden)      # (N, V)
+"""
 
 from typing import Any, cast
 
@@ -10,7 +14,8 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import Batch, collate, to_device
-from tasks.engine.losses import Head
+from tasks.engine.losses.loss_mix import Head
+from tasks.engine.models.families import family_of
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -18,7 +23,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers of the text model, in order."""
     body = cast(Any, unwrap(model).base_model)
     return list(getattr(body, "language_model", body).layers)
@@ -34,15 +39,15 @@ def head_of(model: nn.Module) -> Head:
         )
     if head.bias is not None:
         raise BadConfig(f"{type(inner).__name__} has a head with a bias, which the chunked loss does not know")
-    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(head.weight, softcap)
+    config = inner.config.get_text_config()
+    return Head(head.weight, getattr(config, family_of(config.model_type).logit_softcap, None))
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Final hidden states (N, H) at the batch's labelled positions, as the head takes them; packed or padded."""
+    """The decoder's final hidden states (N, H) at the batch's N labelled positions, of packed or padded rows."""
     body, packed = cast(Any, unwrap(model).base_model), dict[str, Any]()
-    if "stack" in batch:
-        return batch["stack"](batch, body.embed_tokens(batch["input_ids"]))
+    if "decoder" in batch:
+        return batch["decoder"](batch, body.embed_tokens(batch["input_ids"]))
     if batch["cu_seqlens"] is not None:
         borders, longest = batch["cu_seqlens"], batch["longest"]
         packed = {"position_ids": batch["position_ids"], "cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
@@ -52,13 +57,13 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def check_head(model: nn.Module) -> None:
-    """Raises BadConfig when body and head taken apart do not give the model's own logits (a scale that we miss)."""
+    """Raises BadConfig when decoder and head, run apart, do not give the model's own logits (a scale between them)."""
     ids = list(range(1, 9))
-    few = to_device(collate([(0, Example(ids, ids))]), next(model.parameters()).device)
+    batch = to_device(collate([(0, Example(ids, ids))]), next(model.parameters()).device)
     with torch.no_grad():
-        whole = model(input_ids=few["input_ids"], use_cache=False).logits[0, :-1].float()
-        ours = head_of(model).logits(hidden_states(model, few))
-    if not torch.allclose(whole, ours, rtol=2e-2, atol=2e-2 * float(whole.abs().max())):
+        expected = model(input_ids=batch["input_ids"], use_cache=False).logits[0, :-1].float()
+        logits = head_of(model).logits(hidden_states(model, batch))
+    if not torch.allclose(expected, logits, rtol=2e-2, atol=2e-2 * float(expected.abs().max())):
         raise BadConfig(
             f"{type(unwrap(model)).__name__} scales its logits in a way that the chunked loss does not know"
         )

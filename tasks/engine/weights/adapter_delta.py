@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter as patches of the base's rows: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353).
+"""Merges a PEFT adapter into rows of the base: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353).
 
 W' = W + s B A with s = alpha / r, or alpha / sqrt(r) for rsLoRA; DoRA then scales each row to its learned magnitude:
 W' = m (W + s B A) / |W + s B A|, the norm taken row by row. All in float32.
@@ -16,32 +16,32 @@ from torch import Tensor
 
 from tasks.core.errors import BadConfig
 from tasks.engine.weights.adapter_names import base_name, check_mergeable, is_copy, why_unmatched
-from tasks.engine.weights.nf4 import Packed
-from tasks.engine.weights.safetensors_reader import Stored, stored_tensors
+from tasks.engine.weights.nf4 import FourBitTensor
+from tasks.engine.weights.safetensors_reader import StoredTensor, stored_tensors
 
-Patch = Callable[[Tensor, int, int], Tensor]
-"""(rows `start` to `stop` of a weight in float32, start, stop) -> the same rows as the adapter makes them, float32."""
+RowTransform = Callable[[Tensor, int, int], Tensor]
+"""(rows `start` to `stop` of a weight in float32, start, stop) -> these rows with the adapter merged, float32."""
 
 PREFIX = "base_model.model."
 PARTS = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?$")
 
 
 class Adapter(NamedTuple):
-    """The adapter's tensors by the base tensor that they change: `parts[name]` as A, B, magnitude; or a replacement."""
+    """An adapter's tensors by the base tensor that they change: `parts[name]` as A, B, magnitude; or a replacement."""
 
     directory: Path
     config: dict[str, Any]
-    parts: dict[str, dict[str, Stored]]
-    replacements: dict[str, Stored]
+    parts: dict[str, dict[str, StoredTensor]]
+    replacements: dict[str, StoredTensor]
     paths: dict[str, str]
 
     @classmethod
-    def read(cls, directory: Path, base: Mapping[str, Stored | Packed]) -> "Adapter":
+    def read(cls, directory: Path, base: Mapping[str, StoredTensor | FourBitTensor]) -> "Adapter":
         """Raises BadConfig for an unmergeable kind of adapter, or a tensor that fits no tensor of `base`."""
         config = json.loads((directory / "adapter_config.json").read_text())
         check_mergeable(directory, config)
-        parts: dict[str, dict[str, Stored]] = {}
-        replacements: dict[str, Stored] = {}
+        parts: dict[str, dict[str, StoredTensor]] = {}
+        replacements: dict[str, StoredTensor] = {}
         paths: dict[str, str] = {}
         tensors = stored_tensors(directory, "adapter_model")
         for key, stored in tensors.items():
@@ -65,18 +65,16 @@ class Adapter(NamedTuple):
             adapter._check_shape(directory, name, base[name].shape)
         return adapter
 
-    def replacement(self, name: str) -> Stored | None:
-        """The tensor that takes the place of the base's, from `modules_to_save`."""
+    def replacement(self, name: str) -> StoredTensor | None:
+        """The tensor that replaces the base's, from `modules_to_save`."""
         return self.replacements.get(name)
 
-    def check_alone(self, alone: bool) -> None:
-        """Raises BadConfig for an adapter that has no sum with others, or no fraction, when it is not merged whole."""
-        if alone:
-            return
+    def check_summable(self) -> None:
+        """Raises BadConfig for an adapter that can neither be added to others nor be scaled."""
         if self.replacements:
             raise BadConfig(
-                f"{self.directory} replaces {min(self.replacements)} (modules_to_save), which cannot be added to what "
-                "other adapters do, nor weighed: merge it alone with weight 1"
+                f"{self.directory} replaces {min(self.replacements)} (modules_to_save), which cannot be added to "
+                "other adapters' changes, nor scaled: merge it alone with weight 1"
             )
         if self.config.get("use_dora"):
             raise BadConfig(
@@ -84,14 +82,16 @@ class Adapter(NamedTuple):
                 "Merge it alone with weight 1"
             )
 
-    def patch(self, name: str) -> Patch | None:
-        """The change of the base tensor `name`; None where the adapter leaves it alone."""
+    def transform(self, name: str) -> RowTransform | None:
+        """The transform of the base tensor `name`; None where the adapter does not change it."""
         if name not in self.parts:
             return None
         parts = self.parts[name]
         scale = self._scale(name, parts["lora_A"].shape[0])
 
-        def change(rows: Tensor, start: int, stop: int) -> Tensor:  # reads A and B when called: plans hold no tensors
+        def change(
+            rows: Tensor, start: int, stop: int
+        ) -> Tensor:  # reads A and B when called, so that weights hold no tensors
             a, b = parts["lora_A"].rows().float(), parts["lora_B"].rows().float()  # [r, in], [out, r]
             if "transposed" in parts:  # an embedding's A is [r, vocabulary], its B [hidden, r]
                 a, b = b.T, a.T
@@ -114,7 +114,7 @@ class Adapter(NamedTuple):
     def _check_shape(self, directory: Path, name: str, shape: tuple[int, ...]) -> None:
         parts = self.parts.get(name)
         if parts is None:
-            found = self.replacements[name].shape
+            adapter_shape = self.replacements[name].shape
         elif "lora_A" not in parts or "lora_B" not in parts:
             raise BadConfig(f"{directory}: {name} has half an adapter: {sorted(parts)}")
         elif "transposed" in parts and "lora_magnitude_vector" in parts:
@@ -122,7 +122,9 @@ class Adapter(NamedTuple):
                 f"{directory}: DoRA on the embedding {name} cannot be merged; leave it out of target_modules"
             )
         else:
-            found = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:])
-            found = found[::-1] if "transposed" in parts else found
-        if found != shape:
-            raise BadConfig(f"{directory}: {name} is {list(shape)} in the base and {list(found)} in the adapter")
+            adapter_shape = (parts["lora_B"].shape[0], *parts["lora_A"].shape[1:])
+            adapter_shape = adapter_shape[::-1] if "transposed" in parts else adapter_shape
+        if adapter_shape != shape:
+            raise BadConfig(
+                f"{directory}: {name} is {list(shape)} in the base and {list(adapter_shape)} in the adapter"
+            )

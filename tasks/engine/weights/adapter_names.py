@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from tasks.core.errors import BadConfig
-from tasks.engine.weights.nf4 import Packed
-from tasks.engine.weights.safetensors_reader import Stored
+from tasks.engine.weights.nf4 import FourBitTensor
+from tasks.engine.weights.safetensors_reader import StoredTensor
 
 # Options whose adapters mean more than W + s B A, or whose base is not the model they started from.
 UNMERGEABLE = (
@@ -35,7 +35,7 @@ SPELLINGS = (
 )
 
 
-def base_name(target: str, base: Mapping[str, Stored | Packed]) -> str | None:
+def base_name(target: str, base: Mapping[str, StoredTensor | FourBitTensor]) -> str | None:
     """The base's name of a tensor that an adapter calls `target`, or None."""
     if target in base:
         return target
@@ -46,10 +46,14 @@ def base_name(target: str, base: Mapping[str, Stored | Packed]) -> str | None:
 
 
 def is_copy(
-    stored: Stored, name: str | None, target: str, tensors: dict[str, Stored], base: Mapping[str, Stored | Packed]
+    stored: StoredTensor,
+    name: str | None,
+    target: str,
+    tensors: dict[str, StoredTensor],
+    base: Mapping[str, StoredTensor | FourBitTensor],
 ) -> bool:
     """Whether peft saved a whole tensor that says nothing new: an unchanged embedding, or the head tied to it."""
-    twins: list[Stored | Packed] = [base[name]] if name else []
+    twins: list[StoredTensor | FourBitTensor] = [base[name]] if name else []
     if name is None and target.endswith("lm_head.weight"):
         twins = [tensors[key] for key in tensors if key.endswith("embed_tokens.weight")]
         twins = twins or [base[key] for key in base if key.endswith("embed_tokens.weight")]

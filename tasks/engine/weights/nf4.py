@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes stored in 4 bits (NF4, FP4), read back in float32: rows at a time, no GPU and no library.
+"""Dequantizes weights that bitsandbytes stored in 4 bits (NF4, FP4) to float32, rows at a time, in plain torch.
 
 On disk a matrix is a code of two values a byte, 16 values that the codes mean, a scale for each block, and JSON that
 says the rest; with double quantization the scales are themselves codes of 256 values, with scales and an offset of
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import BadConfig
-from tasks.engine.weights.safetensors_reader import DTYPES, Stored
+from tasks.engine.weights.safetensors_reader import DTYPES, StoredTensor
 
 QUANT_STATE = ".quant_state.bitsandbytes__"
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity: it holds dicts
-class Packed:
-    """A matrix in 4 bits, read as `Stored` is; `dtype` is what it was quantized from."""
+class FourBitTensor:
+    """A matrix stored in 4 bits, with the interface of `StoredTensor`; `dtype` is that of the matrix before."""
 
-    codes: Stored
-    parts: dict[str, Stored]
+    codes: StoredTensor
+    parts: dict[str, StoredTensor]
     state: dict[str, Any]
 
     @property
@@ -45,8 +45,8 @@ class Packed:
         first, last = start * row // block, -(-stop * row // block)  # blocks may begin within a row
         low, high = first * block, min(last * block, self.shape[0] * row)
         codes = self.codes.rows(low // 2, -(-high // 2)).flatten()
-        meaning = self.parts["quant_map"].rows()
-        values = meaning[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()]
+        levels = self.parts["quant_map"].rows()
+        values = levels[torch.stack([codes >> 4, codes & 15], dim=1).flatten().int()]
         scales = self._scales(first, last).repeat_interleave(block)[: len(values)]
         return (values * scales)[start * row - low : stop * row - low].reshape(stop - start, *self.shape[1:])
 
@@ -59,24 +59,24 @@ class Packed:
         return self.parts["nested_quant_map"].rows()[stored.int()] * outer + float(self.state["nested_offset"])
 
 
-def unpacked(tensors: dict[str, Stored]) -> dict[str, Stored | Packed]:
-    """The tensors of a model with those of 4 bits as the matrices that they stand for.
+def combine_four_bit(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor | FourBitTensor]:
+    """The tensors of a model, with the codes, scales and state of each 4-bit matrix combined into one tensor.
 
     Raises BadConfig for a 4-bit kind other than bitsandbytes' NF4 and FP4.
     """
     states = {name.partition(QUANT_STATE)[0]: name for name in tensors if QUANT_STATE in name}
     if not states:
         return dict(tensors)
-    found: dict[str, Stored | Packed] = {}
+    combined: dict[str, StoredTensor | FourBitTensor] = {}
     for name, stored in tensors.items():
-        owner = next((one for one in (name, name.rpartition(".")[0]) if one in states), None)
+        owner = next((matrix for matrix in (name, name.rpartition(".")[0]) if matrix in states), None)
         if owner is None and QUANT_STATE not in name:
-            found[name] = stored
+            combined[name] = stored
         elif owner == name:
             state = json.loads(bytes(tensors[states[name]].rows().tolist()))
             if state["quant_type"] not in ("nf4", "fp4"):
                 raise BadConfig(f"{name} is stored as {state['quant_type']}: give the 16-bit model it was made from")
             ends = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
             parts = {end: tensors[f"{name}.{end}"] for end in ends if f"{name}.{end}" in tensors}
-            found[name] = Packed(stored, parts, state)
-    return found
+            combined[name] = FourBitTensor(stored, parts, state)
+    return combined

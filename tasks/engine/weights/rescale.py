@@ -1,4 +1,4 @@
-"""Two ways with a model whose activations are too large for float16: an exact rescale, and clipping its norms.
+"""Makes activations small enough for float16: an exact rescale of the residual stream, or clipping of norms' gains.
 
 python -m tasks.engine.weights.rescale MODEL OUT --k 0.03125        # or: --clip 99
 
@@ -20,61 +20,60 @@ from torch import Tensor
 
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
-from tasks.engine.models.norms import adds_one, is_norm
-from tasks.engine.weights.adapter_delta import Patch
-from tasks.engine.weights.effective import Weight, weights, write_safetensors
-
-# Sandwich norms: what a block adds to the stream has passed a norm, whose gain carries the scale.
-SANDWICH = ("gemma2", "gemma3", "gemma3_text")
-# Pre-norm blocks: the last projection of attention and MLP writes into the stream itself.
-PRE_NORM = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+from tasks.engine.models.families import family_of, model_types
+from tasks.engine.models.tensor_names import gain_offset, is_norm
+from tasks.engine.weights.adapter_delta import RowTransform
+from tasks.engine.weights.effective import Weight, effective_weights
+from tasks.engine.weights.safetensors_writer import write_safetensors
 
 
-class Change(NamedTuple):
-    """What becomes of a tensor: its effective values times `factor`; `adds_one` where it is stored as gain - 1."""
+class Rescaling(NamedTuple):
+    """Multiplies a tensor's effective values by `factor`; `gain_offset` is 1 for a norm stored as gain - 1, else 0."""
 
     factor: float
-    adds_one: bool = False
+    gain_offset: float = 0.0
 
     def __call__(self, values: Tensor) -> Tensor:
         """Float32 in, float32 out. (w + 1) f - 1, in float64 since it cancels near a gain of 0."""
-        if self.adds_one:
-            return ((values.double() + 1) * self.factor - 1).float()
+        if self.gain_offset:
+            return ((values.double() + self.gain_offset) * self.factor - self.gain_offset).float()
         return values * self.factor
 
 
-def rescaled(tensors: Iterable[Weight], base: Path, k: float) -> list[Weight]:
+def rescaled_weights(tensors: Iterable[Weight], base: Path, k: float) -> list[Weight]:
     """The weights of a model whose residual stream is `k` times as large and whose function is the same.
 
     Norms that change are float32 from here on: Gemma stores gain - 1, and a small gain is lost to rounding near -1.
-    Raises BadConfig for an architecture whose stream has other writers, ValueError for a k that is no power of two.
+    Raises BadConfig for a family whose writers of the stream are not known, ValueError for a k that is no power of two.
     """
     tensors = list(tensors)
-    found = changes([weight.name for weight in tensors], base, k)
-    return [_changed(weight, found[weight.name]) if weight.name in found else weight for weight in tensors]
+    factors = rescaling_factors([weight.name for weight in tensors], base, k)
+    return [_rescaled(weight, factors[weight.name]) if weight.name in factors else weight for weight in tensors]
 
 
-def clipped(tensors: Iterable[Weight], base: Path, percentile: float) -> list[Weight]:
+def clipped_weights(tensors: Iterable[Weight], base: Path, percentile: float) -> list[Weight]:
     """The weights with each norm's gains limited to the `percentile` of their magnitude, norm by norm."""
     return [_clipped(weight, base, percentile) if is_norm(weight.name, weight.shape) else weight for weight in tensors]
 
 
-def changes(names: Iterable[str], base: Path, k: float) -> dict[str, Change]:
-    """What rescaling by `k` does to the tensors that it touches; the errors are `rescaled`'s."""
+def rescaling_factors(names: Iterable[str], base: Path, k: float) -> dict[str, Rescaling]:
+    """The factor of each tensor that rescaling the residual stream by `k` changes; errors as in `rescaled_weights`."""
     if not (k > 0 and math.frexp(k)[0] == 0.5):
-        raise ValueError(f"k={k!r} is no power of two, so the embedding would be rounded anew: take {_near(k)}")
+        raise ValueError(
+            f"k={k!r} is no power of two, so the embedding would be rounded anew: take {_nearest_power_of_two(k)}"
+        )
     config = json.loads((base / "config.json").read_text())
     kind, names = str(config.get("model_type")), list(names)
-    if kind not in SANDWICH + PRE_NORM:
-        raise BadConfig(
-            f"the residual stream of {kind!r} is not known here; known are {', '.join(SANDWICH + PRE_NORM)}"
-        )
+    writers = family_of(kind).residual_writers
+    if not writers:
+        known = ", ".join(model_types("residual_writers"))
+        raise BadConfig(f"which tensors of {kind!r} write into the residual stream is not known, only of {known}")
     tied = _is_tied(config, names)
-    found = {}
+    factors = {}
     for name in names:
-        if (change := _change(name, kind in SANDWICH, tied, k)) is not None:
-            found[name] = change._replace(adds_one=is_norm(name, (1,)) and adds_one(base, name))
-    return found
+        if (rescaling := _rescaling(name, writers, tied, k)) is not None:
+            factors[name] = rescaling._replace(gain_offset=gain_offset(base, name) if is_norm(name, (1,)) else 0.0)
+    return factors
 
 
 def write_model(tensors: list[Weight], model: ModelDir, out: Path) -> None:
@@ -87,17 +86,15 @@ def write_model(tensors: list[Weight], model: ModelDir, out: Path) -> None:
     write_safetensors(out / "model.safetensors", tensors, {"format": "pt"})
 
 
-def _change(name: str, sandwich: bool, tied: bool, k: float) -> Change | None:
+def _rescaling(name: str, writers: tuple[str, ...], tied: bool, k: float) -> Rescaling | None:
+    """What rescaling by `k` does to the tensor `name`, where the endings `writers` write into the stream."""
     if ("vision" in name or "audio" in name) and "projector" not in name:
         return None
     if name.endswith(("embed_tokens.weight", "mm_input_projection_weight")) or (tied and name == "lm_head.weight"):
-        return Change(k)
+        return Rescaling(k)
     if ".layers." in name:
-        writers: tuple[str, ...] = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
-        if not sandwich:
-            writers = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
-        return Change(k) if name.endswith(writers) else None
-    return Change(1 / k) if tied and name.endswith("model.norm.weight") else None
+        return Rescaling(k) if name.endswith(writers) else None
+    return Rescaling(1 / k) if tied and name.endswith("model.norm.weight") else None
 
 
 def _is_tied(config: dict[str, Any], names: list[str]) -> bool:
@@ -105,27 +102,30 @@ def _is_tied(config: dict[str, Any], names: list[str]) -> bool:
     return bool(tied) if tied is not None else not any(name.endswith("lm_head.weight") for name in names)
 
 
-def _changed(weight: Weight, change: Change) -> Weight:
+def _rescaled(weight: Weight, rescaling: Rescaling) -> Weight:
     dtype = torch.float32 if is_norm(weight.name, weight.shape) else weight.dtype
-    return weight._replace(patch=_after(weight.patch, lambda rows, start, stop: change(rows)), dtype=dtype)
+    return weight._replace(transform=_then(weight.transform, lambda rows, *_: rescaling(rows)), dtype=dtype)
 
 
 def _clipped(weight: Weight, base: Path, percentile: float) -> Weight:
-    one = 1.0 if adds_one(base, weight.name) else 0.0
-    gains = weight.rows().double() + one
+    offset = gain_offset(base, weight.name)
+    gains = weight.rows().double() + offset
     limit = float(gains.abs().quantile(percentile / 100))
-    after = _after(weight.patch, lambda rows, start, stop: ((rows.double() + one).clamp(-limit, limit) - one).float())
-    return weight._replace(patch=after)
+
+    def clip(rows: Tensor, *_: int) -> Tensor:
+        return ((rows.double() + offset).clamp(-limit, limit) - offset).float()
+
+    return weight._replace(transform=_then(weight.transform, clip))
 
 
-def _after(first: Patch | None, then: Patch) -> Patch:
-    """One patch after another."""
+def _then(first: RowTransform | None, second: RowTransform) -> RowTransform:
+    """One transform after another."""
     if first is None:
-        return then
-    return lambda rows, start, stop: then(first(rows, start, stop), start, stop)
+        return second
+    return lambda rows, start, stop: second(first(rows, start, stop), start, stop)
 
 
-def _near(k: float) -> str:
+def _nearest_power_of_two(k: float) -> str:
     return f"{2.0 ** round(math.log2(k)):g}" if k > 0 else "a positive one"
 
 
@@ -137,12 +137,13 @@ def main() -> None:
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--k", type=float)
     way.add_argument("--clip", type=float, metavar="PERCENTILE")
-    given = parser.parse_args()
-    tensors = list(weights(given.model))
-    changed = (
-        rescaled(tensors, given.model.base, given.k) if given.k else clipped(tensors, given.model.base, given.clip)
-    )
-    write_model(changed, given.model, given.out)
+    arguments = parser.parse_args()
+    model, tensors = arguments.model, list(effective_weights(arguments.model))
+    if arguments.k:
+        changed = rescaled_weights(tensors, model.base, arguments.k)
+    else:
+        changed = clipped_weights(tensors, model.base, arguments.clip)
+    write_model(changed, model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tensors where they lie in safetensors files: headers read once, values when asked for, rows at a time.
+"""Reads safetensors files lazily: headers at once, values rows at a time.
 
 Reads the files itself (the format: huggingface.co/docs/safetensors), because a memory map counts as resident memory.
 """
@@ -29,8 +29,8 @@ DTYPES = {
 }
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies: `offset` in bytes from the file's beginning."""
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file, not yet read; `offset` in bytes from the file's beginning."""
 
     file: Path
     offset: int
@@ -53,7 +53,7 @@ class Stored(NamedTuple):
         return flat.reshape(shape)
 
 
-def stored_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
+def stored_tensors(directory: Path, stem: str = "model") -> dict[str, StoredTensor]:
     """Every tensor of `stem`.safetensors or of the shards its index names, in name order; only headers are read.
 
     Raises BadConfig when there are no safetensors, Corrupted for a header that is none or a missing shard.
@@ -68,13 +68,13 @@ def stored_tensors(directory: Path, stem: str = "model") -> dict[str, Stored]:
             f"{directory} has no {stem}.safetensors (nor an index of shards). Pickled weights (.bin, .pt) are not "
             "read: save the model again with safe serialization"
         )
-    found: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in files:
-        found.update(_header(directory / name))
-    return dict(sorted(found.items()))
+        tensors.update(_read_header(directory / name))
+    return dict(sorted(tensors.items()))
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _read_header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise Corrupted(f"{file} is missing although the index names it: copy or download the model again")
     size = file.stat().st_size
@@ -83,7 +83,7 @@ def _header(file: Path) -> dict[str, Stored]:
         if length + 8 > size:
             raise Corrupted(f"{file} is no safetensors file, or cut off: copy or download it again")
         entries = json.loads(opened.read(length))
-    found = {}
+    tensors = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
@@ -92,5 +92,5 @@ def _header(file: Path) -> dict[str, Stored]:
             raise BadConfig(f"{file}: {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}")
         if 8 + length + end > size:
             raise Corrupted(f"{file} is cut off within {name}: copy or download it again")
-        found[name] = Stored(file, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    return found
+        tensors[name] = StoredTensor(file, 8 + length + start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return tensors

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
-from tasks.engine.data.chat_template import IGNORE, count_tokens, encode, end_ids, prompt_ids, turn_end
-from tasks.engine.models.load import load_tokenizer
+from tasks.engine.data.chat_template import IGNORE, count_tokens, encode, end_of_turn_id, prompt_ids, stop_token_ids
+from tasks.engine.data.tokenizers import load_tokenizer
 from tests.pico import CHAT_TEMPLATE, PICO_TEXT, pico_tokenizer
 
 ROW = Row(
@@ -46,8 +46,8 @@ def test_bos_is_there_once_if_the_template_writes_it_at_all(tokenizer, start):
 
 
 def test_generation_stops_at_the_end_of_turn_and_at_eos(tokenizer):
-    assert end_ids(tokenizer, None) == sorted([tokenizer.eos_token_id, turn_end(tokenizer)])
-    assert tokenizer.convert_ids_to_tokens(turn_end(tokenizer)) == "<end_of_turn>"
+    assert stop_token_ids(tokenizer, None) == sorted([tokenizer.eos_token_id, end_of_turn_id(tokenizer)])
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == "<end_of_turn>"
 
 
 def test_a_template_without_end_of_turn_gets_eos(tokenizer):
@@ -132,7 +132,7 @@ def test_labels_are_on_the_assistants_tokens_only(chat_tokenizer, labels, learnt
     """Every label is an answer or its end of turn, and stands where generation of that answer would begin."""
     row = Row(messages=TALK, labels=labels)
     example = encode(chat_tokenizer, row)
-    end = chat_tokenizer.convert_ids_to_tokens(turn_end(chat_tokenizer))
+    end = chat_tokenizer.convert_ids_to_tokens(end_of_turn_id(chat_tokenizer))
     said = chat_tokenizer.decode(example.answer_ids, skip_special_tokens=False)
     assert said == "".join(TALK[place].content + end for place in learnt)
     for place in learnt:

@@ -5,8 +5,9 @@ from tasks.core.errors import BadConfig
 from tasks.core.memory_fallback import micro_batch
 from tasks.core.refs import ModelDir
 from tasks.engine.data.chat_template import IGNORE, Example
-from tasks.engine.data.collator import collate, row_order
-from tasks.engine.losses import cross_entropy
+from tasks.engine.data.collator import collate
+from tasks.engine.data.sampler import row_order
+from tasks.engine.losses.chunked import cross_entropy
 from tasks.engine.models.lm_head import check_head, head_of, hidden_states
 from tasks.engine.models.load import load_model
 from tests.pico import pico_model

@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from tasks.engine.data.chat_template import IGNORE, Example
-from tasks.engine.data.collator import collate, row_order
-from tasks.engine.data.micro_batches import Feed
-from tasks.engine.data.sequence_packing import evened, pack, pack_all, plan_packing
+from tasks.engine.data.collator import collate
+from tasks.engine.data.micro_batches import MicroBatchDataset
+from tasks.engine.data.sampler import balance_steps, row_order
+from tasks.engine.data.sequence_packing import collate_packed, pack_first_fit, pack_steps
 from tasks.engine.models.lm_head import hidden_states
 from tasks.engine.speed.packed_attention import use_packed_attention
-from tasks.engine.speed.packing_support import make_packable
+from tasks.engine.speed.packing_support import enable_packing
 
 SMALL = dict(
     vocab_size=99, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
@@ -86,8 +87,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_one_by_one(name, shapes
     model = tiny(name)
     rows = [example(length, i) for i, length in enumerate(LENGTHS)]
     want, want_gradients = loss_and_gradients(model, [collate([(i, row)]) for i, row in enumerate(rows)])
-    packing = plan_packing(LENGTHS, range(7), 7, 7, shapes, 64)
-    batch = pack([(i, rows[i]) for i in packing.micro_batches[0]], packing)
+    packing = pack_steps(LENGTHS, range(7), 7, 7, shapes, 64)
+    batch = collate_packed([(i, rows[i]) for i in packing.micro_batches[0]], packing)
     assert batch["input_ids"].shape == (1, 128 if shapes else sum(LENGTHS))
     use_packed_attention(model, torch.float64)
     got, gradients = loss_and_gradients(model, [batch])
@@ -106,15 +107,15 @@ def test_every_step_keeps_its_rows_and_every_micro_batch_has_a_static_shape():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 200, (300,), generator=generator).tolist()
     order = row_order(lengths, 32, 20, seed=1)
-    packing = plan_packing(lengths, order, 32, 8, shapes=2, multiple=64)
+    packing = pack_steps(lengths, order, 32, 8, shapes=2, multiple=64)
     assert len(packing.micro_batches) == 20 * 4
     for step in range(20):
         dealt = [row for rows in packing.micro_batches[4 * step : 4 * step + 4] for row in rows]
         assert sorted(dealt) == sorted(order[32 * step : 32 * step + 32])
-    batches = [pack([(r, example(lengths[r], r)) for r in rows], packing) for rows in packing.micro_batches]
-    assert {batch["input_ids"].shape[1] for batch in batches} <= set(packing.lengths)
+    batches = [collate_packed([(r, example(lengths[r], r)) for r in rows], packing) for rows in packing.micro_batches]
+    assert {batch["input_ids"].shape[1] for batch in batches} <= set(packing.static_lengths)
     assert len({batch["cu_seqlens"].shape for batch in batches}) == 1
-    assert {int(batch["cu_seqlens"][-1]) for batch in batches} <= set(packing.lengths)
+    assert {int(batch["cu_seqlens"][-1]) for batch in batches} <= set(packing.static_lengths)
     assert all(int(batch["cu_seqlens"].diff().max()) <= batch["longest"] == max(lengths) for batch in batches)
     waste = 1 - sum(batch["tokens"] for batch in batches) / sum(batch["input_ids"].numel() for batch in batches)
     assert waste < 0.15
@@ -122,18 +123,18 @@ def test_every_step_keeps_its_rows_and_every_micro_batch_has_a_static_shape():
 
 def test_validation_rows_are_all_there_once():
     lengths = [10, 60, 35, 20, 50, 5, 64]
-    packing = pack_all(lengths, 64)
+    packing = pack_first_fit(lengths, 64)
     assert sorted(row for rows in packing.micro_batches for row in rows) == list(range(7))
     assert len(packing.micro_batches) == 4  # 244 tokens: 64, 60, 50 + 10, 35 + 20 + 5
     assert all(sum(lengths[row] for row in rows) <= 64 for rows in packing.micro_batches)
 
 
 def test_a_model_that_can_be_packed_is_and_one_that_cannot_keeps_its_attention():
-    assert make_packable(tiny("gemma3"), torch.float32) is None
+    assert enable_packing(tiny("gemma3"), torch.float32) is None
     torch.manual_seed(0)
     capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_hidden_layers=1, attn_logit_softcapping=50.0))
     before = capped.config._attn_implementation
-    reason = make_packable(capped, torch.float32)
+    reason = enable_packing(capped, torch.float32)
     assert "Gemma2ForCausalLM cannot be packed" in reason and "softcap" in reason
     assert capped.config._attn_implementation == before
     sizes = {name: value for name, value in SMALL.items() if name != "head_dim"}
@@ -143,7 +144,7 @@ def test_a_model_that_can_be_packed_is_and_one_that_cannot_keeps_its_attention()
     )
     for parameter in recurrent.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    assert "see each other" in make_packable(recurrent, torch.float32)
+    assert "see each other" in enable_packing(recurrent, torch.float32)
 
 
 def test_what_packed_attention_does_not_know_is_refused():
@@ -184,8 +185,8 @@ def test_steps_of_a_window_become_one_size_and_keep_their_rows():
     )
     sizes = list(zip(lengths.tolist(), answers.tolist(), strict=True))
     order = row_order(lengths.tolist(), 16, 14, seed=3)  # more than two epochs, and a window of two steps at the end
-    dealt = evened(sizes, order, 16, 4)
-    assert dealt == evened(sizes, order, 16, 4)
+    dealt = balance_steps(sizes, order, 16, 4)
+    assert dealt == balance_steps(sizes, order, 16, 4)
     for start in range(0, len(order), 64):
         assert sorted(dealt[start : start + 64]) == sorted(order[start : start + 64])
 
@@ -196,5 +197,5 @@ def test_steps_of_a_window_become_one_size_and_keep_their_rows():
     for which in (0, 1):  # tokens, labels
         assert spread(dealt, which) < spread(order, which) / 4
     rows = [Example(list(range(n)), [IGNORE] * (n - a) + [5] * a) for n, a in sizes]
-    feed = Feed(rows, order, 16, 16, packed=True, shapes=1, multiple=16, window=4)
+    feed = MicroBatchDataset(rows, order, 16, 16, packed=True, shapes=1, multiple=16, window=4)
     assert sorted(feed.micro_batches[0]) == sorted(dealt[:16])

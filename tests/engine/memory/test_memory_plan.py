@@ -11,13 +11,13 @@ from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.memory.__main__ import ALL, SEEDS, published, shape, table
-from tasks.engine.memory.fit import fit, tokens_of
-from tasks.engine.memory.model_sizes import count, shapes_of
+from tasks.engine.memory.__main__ import ALL, REPORTED, published, shape, table
+from tasks.engine.memory.fit import fit_settings, largest_micro_batch
+from tasks.engine.memory.model_sizes import count_sizes, sizes_of
 from tasks.engine.memory.predict import GIB, NF4, predict
-from tasks.engine.memory.teacher_memory import asked, remembered
-from tasks.engine.memory.workload import load_of
-from tasks.engine.models.load import read_config
+from tasks.engine.memory.teacher_memory import cached_teacher, live_teacher
+from tasks.engine.memory.workload import workload_of
+from tasks.engine.models.model_config import read_config
 from tasks.engine.models.trainable import count_parameters, trainable_model
 from tasks.teacher import FineTuneConfig
 from tasks.teacher.run import fine_tune
@@ -85,76 +85,76 @@ def test_predictions_are_within_a_tenth_of_what_a_gpu_took(size, method, rows, l
     compiled = (size, method, rows, length, more, gib) in COMPILED
     asked = {"rank": 32, "precision": "bfloat16", "compile": "on" if compiled else "off", "target_modules": ALL, **more}
     config, tokens = TrainingConfig(**asked), rows * length
-    load = load_of(config, method, tokens, tokens if compiled else tokens // 2)
-    assert predict(count(shape(size), config, method), load).peak == pytest.approx(gib, rel=0.1)
+    load = workload_of(config, method, tokens, tokens if compiled else tokens // 2)
+    assert predict(count_sizes(shape(size), config, method), load).peak == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.parametrize("method, gib", GEMMA_3N_E2B)
 def test_four_streams_in_float32_are_counted(method, gib):
     config = TrainingConfig(rank=32, precision="bfloat16", compile="off", gradient_checkpointing=True)
-    shapes = count(shape("E2B").get_text_config(), config, method)
-    assert predict(shapes, load_of(config, method, 4096, 2048)).peak == pytest.approx(gib, rel=0.02)
+    sizes = count_sizes(shape("E2B").get_text_config(), config, method)
+    assert predict(sizes, workload_of(config, method, 4096, 2048)).peak == pytest.approx(gib, rel=0.02)
 
 
 @pytest.mark.parametrize("rows, tokens, labels, mib, gib", DISTILLED)
 def test_a_distillation_s_prediction_counts_the_teacher_s_head_and_states(rows, tokens, labels, mib, gib):
     config = TrainingConfig(precision="bfloat16", loss_chunk_mib=mib)
-    beside = remembered(torch.empty((262144, 1152), device="meta"), 1152)
-    load = load_of(config, "full", tokens, labels)._replace(beside=beside.fixed, per_label=beside.per_label)
-    assert predict(count(shape("270M"), config, "full"), load).peak == pytest.approx(gib, rel=0.03)
+    extra = cached_teacher(torch.empty((262144, 1152), device="meta"), 1152)
+    load = workload_of(config, "full", tokens, labels)._replace(extra=extra.fixed, per_label=extra.per_label)
+    assert predict(count_sizes(shape("270M"), config, "full"), load).peak == pytest.approx(gib, rel=0.03)
 
 
 def test_a_teacher_in_memory_needs_its_weights_and_more_with_every_token(one_b):
-    half, packed = asked(one_b, "auto"), asked(one_b, "4bit")
+    half, packed = live_teacher(one_b, "auto"), live_teacher(one_b, "4bit")
     assert half.fixed / GIB == pytest.approx(1.86, rel=0.01) and packed.fixed < 0.5 * half.fixed
     config = TrainingConfig(precision="bfloat16", batch_size=32, micro_batch_size=8)
-    _, plan = fit(config, "full", one_b, [1024] * 64, 0.5, 80.0, beside=half)
-    _, alone = fit(config, "full", one_b, [1024] * 64, 0.5, 80.0)
-    more = plan.looked_at[0].parts.peak - alone.looked_at[0].parts.peak
+    _, plan = fit_settings(config, "full", one_b, [1024] * 64, 0.5, 80.0, extra=half)
+    _, alone = fit_settings(config, "full", one_b, [1024] * 64, 0.5, 80.0)
+    more = plan.candidates[0].parts.peak - alone.candidates[0].parts.peak
     assert more * GIB > half.fixed + 8 * 1024 * half.per_token
-    assert plan.chosen.parts.table()["beside"] > 0 and "beside" not in alone.chosen.parts.table()
+    assert plan.chosen.parts.table()["extra"] > 0 and "extra" not in alone.chosen.parts.table()
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_sizes_counted_without_weights_are_those_of_the_loaded_model(base, method):
     config = TrainingConfig(rank=4, use_dora=method == "lora", target_modules=r".*\.(q_proj|up_proj)")
-    shapes = shapes_of(base, config, method)
+    sizes = sizes_of(base, config, method)
     model = trainable_model(config, method, base, "cpu")
     counted = count_parameters(model)
-    assert shapes.trained == counted["trainable_parameters"]
-    adapters = shapes.trained if method != "full" else 0
-    assert shapes.packable + shapes.rest == counted["parameters"] - adapters
+    assert sizes.trained == counted["trainable_parameters"]
+    adapters = sizes.trained if method != "full" else 0
+    assert sizes.quantizable + sizes.unquantizable == counted["parameters"] - adapters
     packed = sum(p.numel() * 2 for p in model.parameters() if type(p).__name__ == "Params4bit")
-    assert packed == (shapes.packable if method == "qlora" else 0)
+    assert packed == (sizes.quantizable if method == "qlora" else 0)
 
 
 def test_an_earlier_adapter_s_own_rank_and_modules_are_counted(base, tmp_path):
-    from tasks.engine.models.trainable import save_trained
+    from tasks.engine.models.save_trained import save_trained
 
     earlier = TrainingConfig(rank=2, target_modules=["q_proj"])
     save_trained(trainable_model(earlier, "lora", base, "cpu"), "lora", base, "model", tmp_path)
     config = TrainingConfig(rank=64)
     adapted = ModelDir(base.base, tmp_path)
-    assert shapes_of(adapted, config, "lora").trained == count(read_config(base.base), earlier, "lora").trained
+    assert sizes_of(adapted, config, "lora").trained == count_sizes(read_config(base.base), earlier, "lora").trained
 
 
 def test_nf4_takes_half_a_byte_and_its_scales():
     config = TrainingConfig(precision="bfloat16")
-    shapes = count(shape("1B"), config, "qlora")
-    parts = predict(shapes, load_of(config, "qlora", 1))
-    assert parts.weights * GIB == pytest.approx(shapes.packable * 0.5159 + shapes.rest * 2, rel=1e-3)
+    sizes = count_sizes(shape("1B"), config, "qlora")
+    parts = predict(sizes, workload_of(config, "qlora", 1))
+    assert parts.weights * GIB == pytest.approx(sizes.quantizable * 0.5159 + sizes.unquantizable * 2, rel=1e-3)
     assert pytest.approx(0.5159, rel=1e-3) == NF4
 
 
 def test_the_largest_micro_batch_comes_from_the_rows_as_they_will_come():
     lengths = [10] * 30 + [100, 100]
-    assert tokens_of(lengths, 8, 8, 0) >= 100 and tokens_of(lengths, 32, 32, 0) == sum(lengths)
-    assert tokens_of(lengths, 8, 1, 0) == 100
+    assert largest_micro_batch(lengths, 8, 8, 0) >= 100 and largest_micro_batch(lengths, 32, 32, 0) == sum(lengths)
+    assert largest_micro_batch(lengths, 8, 1, 0) == 100
 
 
 def choose(base, gib, **settings):
     config = FineTuneConfig(**{"batch_size": 32, "micro_batch_size": 32, "precision": "bfloat16", **settings})
-    return fit(config, config.method, base, [1024] * 64, 0.5, gib)
+    return fit_settings(config, config.method, base, [1024] * 64, 0.5, gib)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,8 @@ def test_a_large_card_runs_as_asked_and_smaller_ones_give_up_speed_before_anythi
     assert small.micro_batch_size < 32 or small.gradient_checkpointing
     tiny, _ = choose(one_b, 5.0)
     assert tiny.gradient_checkpointing and tiny.max_length == whole.max_length
-    page = plan.page()
-    assert "| **chosen** |" in page and "| no |" in page and page.count("\n") > len(plan.looked_at)
+    page = plan.markdown()
+    assert "| **chosen** |" in page and "| no |" in page and page.count("\n") > len(plan.candidates)
 
 
 def test_what_fits_nowhere_is_refused_with_the_numbers(one_b):
@@ -193,7 +193,7 @@ def test_the_command_refuses_before_it_loads_and_writes_the_plan_where_it_fits(b
     roomy = config.model_copy(update={"memory_gib": 4.0})
     report = fine_tune(roomy, base, dataset, tmp_path / "large", Job(tmp_path / "work"))
     document = json.loads((tmp_path / "large" / "report" / "memory_plan.json").read_text())
-    assert document["looked_at"][document["chosen"]]["micro_batch"] == 4
+    assert document["candidates"][document["chosen"]]["micro_batch"] == 4
     assert (tmp_path / "large" / "report" / "memory_plan.md").read_text().startswith("# Memory plan for 4.0 GiB")
     assert report.details["memory_plan"]["predicted_gib"] >= 0
     assert "memory plan: micro-batch 4" in (tmp_path / "work" / "events.jsonl").read_text()
@@ -203,7 +203,7 @@ def test_published_setups_are_printed_beside_their_figures():
     rows = published()
     page = Path(__file__).parents[3] / "docs" / "training.md"
     assert table(rows) in page.read_text(), "python -m tasks.engine.memory prints what stands in docs/training.md"
-    assert [row["setup"] for row in rows] == [setup.what for setup in SEEDS]
+    assert [row["setup"] for row in rows] == [setup.what for setup in REPORTED]
     cards = {row["setup"]: float(row["card"]) for row in rows}
     trinity = [float(row["card"]) for row in rows[:5]]
     assert trinity == sorted(trinity, reverse=True), "each of the seeds' fixes frees memory"

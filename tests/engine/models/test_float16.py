@@ -7,13 +7,13 @@ from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
 from tasks.engine.data.collator import collate, to_device
-from tasks.engine.models.float16 import keep_range
+from tasks.engine.models.float16 import keep_residual_in_float32
 from tasks.engine.models.lm_head import hidden_states
 from tasks.engine.models.load import load_model
 from tasks.engine.models.trainable import trainable_model
 from tasks.engine.training.loop import train
 from tasks.engine.training.loss_scaling import GROW_AFTER, START, LossScale
-from tests.engine.training.test_loop import plan, rows, sigterm  # noqa: F401
+from tests.engine.training.test_loop import rows, sigterm, training_spec  # noqa: F401
 from tests.pico import pico_model
 from tests.planted import plant
 
@@ -49,7 +49,9 @@ def test_training_in_float16_gives_float32_s_losses(base, rows, tmp_path, method
     settings = dict(dropout=0, use_dora=dora, max_steps=6, learning_rate=1e-3)
     losses = {}
     for precision in ("float32", "float16"):
-        _, history = train(plan(base, rows, tmp_path / precision, method=method, precision=precision, **settings))
+        _, history = train(
+            training_spec(base, rows, tmp_path / precision, method=method, precision=precision, **settings)
+        )
         losses[precision] = history.steps["loss"]
         assert all(norm > 0 for norm in history.steps["grad_norm"])
     assert losses["float16"] == pytest.approx(losses["float32"], rel=5e-3)
@@ -72,7 +74,7 @@ def test_gemma_3n_is_refused_with_the_way_out():
     with torch.device("meta"):
         model = Gemma3nForCausalLM(Gemma3nTextConfig(num_hidden_layers=5, num_kv_shared_layers=0, layer_types=None))
     with pytest.raises(BadConfig, match="precision=float32, or use a card with bfloat16"):
-        keep_range(model)
+        keep_residual_in_float32(model)
 
 
 def test_the_scale_falls_at_an_overflow_and_rises_after_a_while():
@@ -95,6 +97,8 @@ def test_an_overflowing_step_is_left_out_and_the_run_goes_on(base, rows, tmp_pat
     def overflow(call, hidden, _):
         return (hidden.sum() * 0).abs().sqrt() if call == 3 else None  # step 2: value 0, gradient NaN
 
-    _, history = train(plan(base, rows, tmp_path, at_hidden=overflow, precision="float16", max_steps=4, dropout=0))
+    _, history = train(
+        training_spec(base, rows, tmp_path, at_hidden=overflow, precision="float16", max_steps=4, dropout=0)
+    )
     assert history.steps["grad_norm"][1] == 0 and history.steps["grad_norm"][2] > 0
     assert len(history) == 4

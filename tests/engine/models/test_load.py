@@ -18,12 +18,15 @@ from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import collate
-from tasks.engine.losses import cross_entropy
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.losses.chunked import cross_entropy
 from tasks.engine.models import load
+from tasks.engine.models.dtypes import pick_dtype, training_precision
 from tasks.engine.models.lm_head import check_head, head_of, hidden_states
-from tasks.engine.models.load import load_model, load_tokenizer, pick_dtype, training_precision
-from tasks.engine.models.load_adapter import settings_of_adapter
-from tasks.engine.models.trainable import save_trained, trainable_model
+from tasks.engine.models.load import load_model
+from tasks.engine.models.load_adapter import ignored_settings
+from tasks.engine.models.save_trained import save_trained
+from tasks.engine.models.trainable import trainable_model
 from tests.pico import pico_model
 
 TEXT = dict(
@@ -231,7 +234,7 @@ def test_an_earlier_adapter_is_trained_on_from_where_it_was(base, tmp_path, meth
     trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained.values()) == {torch.float32}
     assert all("lora_" in name for name in trained) == (method != "full")
-    assert settings_of_adapter(config, adapted) == [
+    assert ignored_settings(config, adapted) == [
         "rank=16 is not used: the earlier adapter has rank=2",
         "use_rslora=False is not used: the earlier adapter has use_rslora=True",
     ]

@@ -11,9 +11,11 @@ from tasks.core.errors import BadConfig
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.models.load import load_model, load_tokenizer
-from tasks.engine.models.load_adapter import settings_of_adapter
-from tasks.engine.models.trainable import save_trained, trainable_model
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.load import load_model
+from tasks.engine.models.load_adapter import ignored_settings
+from tasks.engine.models.save_trained import save_trained
+from tasks.engine.models.trainable import trainable_model
 from tasks.merge import MergeConfig
 from tasks.merge.run import merge
 from tasks.teacher import FineTuneConfig
@@ -141,9 +143,9 @@ def test_dropout_is_the_config_s_and_not_the_adapter_s(base, tmp_path):
 
 def test_settings_that_the_adapter_decides_are_told(base, tmp_path):
     learnt = adapter(base, tmp_path, target_modules=["q_proj", "v_proj"])
-    assert settings_of_adapter(TrainingConfig(rank=2), learnt) == []
-    assert settings_of_adapter(TrainingConfig(rank=2, target_modules=["v_proj", "q_proj"]), learnt) == []
-    assert settings_of_adapter(TrainingConfig(rank=3, target_modules="up_proj"), learnt) == [
+    assert ignored_settings(TrainingConfig(rank=2), learnt) == []
+    assert ignored_settings(TrainingConfig(rank=2, target_modules=["v_proj", "q_proj"]), learnt) == []
+    assert ignored_settings(TrainingConfig(rank=3, target_modules="up_proj"), learnt) == [
         "rank=3 is not used: the earlier adapter has rank=2",
         "target_modules=up_proj is not used: the earlier adapter has target_modules=['q_proj', 'v_proj']",
     ]

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
-from tasks.engine.weights.effective import stream, weights, write_safetensors
-from tasks.engine.weights.nf4 import unpacked
+from tasks.engine.weights.effective import effective_tensors, effective_weights
+from tasks.engine.weights.nf4 import combine_four_bit
 from tasks.engine.weights.safetensors_reader import stored_tensors
+from tasks.engine.weights.safetensors_writer import write_safetensors
 from tests.pico import pico_model
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -64,8 +65,8 @@ def test_equals_peft(base: Path, tmp_path: Path, options: dict[str, object]) -> 
     adapter = adapter_of(base, tmp_path / "adapter", **options)
     merged = peft_merge(base, adapter)
     changed = 0
-    original = dict(stream(ModelDir(base)))
-    for name, tensor in stream(ModelDir(base, adapter)):
+    original = dict(effective_tensors(ModelDir(base)))
+    for name, tensor in effective_tensors(ModelDir(base, adapter)):
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
         changed += not torch.equal(tensor, original[name])
     assert changed >= 2
@@ -75,10 +76,10 @@ def test_equals_peft(base: Path, tmp_path: Path, options: dict[str, object]) -> 
 
 def test_chunks_are_the_rows(base: Path, tmp_path: Path) -> None:
     adapter = adapter_of(base, tmp_path / "adapter", use_dora=True, target_modules=["q_proj", "down_proj"])
-    for weight in weights(ModelDir(base, adapter)):
+    for weight in effective_weights(ModelDir(base, adapter)):
         pieces = list(weight.chunks(chunk_bytes=1000))
         torch.testing.assert_close(torch.cat(pieces), weight.rows(), rtol=1e-6, atol=1e-7)
-        if weight.patch is not None:
+        if weight.transform is not None:
             assert len(pieces) > 1
 
 
@@ -86,17 +87,17 @@ def test_rounds_once_to_the_bases_dtype(tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base")  # bfloat16
     adapter = adapter_of(base, tmp_path / "adapter")
     exact = peft_merge(base, adapter)
-    for name, tensor in stream(ModelDir(base, adapter)):
+    for name, tensor in effective_tensors(ModelDir(base, adapter)):
         assert tensor.dtype == torch.bfloat16
         # A result within an ulp of float32 of two bfloat16 neighbours may go to either.
         assert (tensor != exact[name].bfloat16()).float().mean() < 1e-3
 
 
 def test_writes_what_safetensors_reads(base: Path, tmp_path: Path) -> None:
-    everything = list(weights(ModelDir(base)))
+    everything = list(effective_weights(ModelDir(base)))
     write_safetensors(tmp_path / "model.safetensors", everything, {"format": "pt"})
     written = load_file(tmp_path / "model.safetensors")
-    for name, tensor in stream(ModelDir(base)):
+    for name, tensor in effective_tensors(ModelDir(base)):
         assert torch.equal(written.pop(name), tensor)
     assert not written
 
@@ -107,7 +108,7 @@ def test_names_the_tensor_that_matches_nothing(base: Path, tmp_path: Path, name:
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(tensors | {f"base_model.model.{name}": torch.ones(4, 64)}, adapter / "adapter_model.safetensors")
     with pytest.raises(BadConfig, match=name.replace(".", r"\.")):
-        list(weights(ModelDir(base, adapter)))
+        list(effective_weights(ModelDir(base, adapter)))
 
 
 @pytest.mark.parametrize("option", [{"fan_in_fan_out": True}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa"}])
@@ -116,7 +117,7 @@ def test_refuses_what_it_cannot_merge(base: Path, tmp_path: Path, option: dict[s
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | option))
     with pytest.raises(BadConfig, match=str(list(option.values())[0] if "peft_type" in option else list(option)[0])):
-        list(weights(ModelDir(base, adapter)))
+        list(effective_weights(ModelDir(base, adapter)))
 
 
 def test_a_base_of_another_width_is_named(base: Path, tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_base_of_another_width_is_named(base: Path, tmp_path: Path) -> None:
     with pytest.raises(
         BadConfig, match=r"layers\.0\.\w+\.\w+_proj.weight is \[\d+, \d+\] in the base and \[\d+, \d+\] in the adapter"
     ):
-        list(weights(ModelDir(pico_model(tmp_path / "wide", hidden=96), adapter)))
+        list(effective_weights(ModelDir(pico_model(tmp_path / "wide", hidden=96), adapter)))
 
 
 def test_a_cut_file_is_corrupted(base: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_four_bit_rows_are_bitsandbytes_own(kind: str, nested: bool, tmp_path: P
     packed, state = quantize_4bit(values.bfloat16(), quant_type=kind, compress_statistics=nested, blocksize=64)
     parts = {f"w.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     save_file({"w": packed, "b": torch.zeros(3), **parts}, tmp_path / "model.safetensors")
-    found = unpacked(stored_tensors(tmp_path))
+    found = combine_four_bit(stored_tensors(tmp_path))
     assert list(found) == ["b", "w"]
     assert (found["w"].shape, found["w"].dtype) == ((1000, 40), torch.bfloat16)
     state.dtype = torch.float32

@@ -19,9 +19,9 @@ from transformers import (
 
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
-from tasks.engine.models.norms import is_norm
-from tasks.engine.weights.effective import stream, weights
-from tasks.engine.weights.rescale import changes, clipped, rescaled, write_model
+from tasks.engine.models.tensor_names import is_norm
+from tasks.engine.weights.effective import effective_tensors, effective_weights
+from tasks.engine.weights.rescale import clipped_weights, rescaled_weights, rescaling_factors, write_model
 from tests.engine.weights.test_effective import adapter_of
 from tests.pico import pico_model
 
@@ -69,7 +69,7 @@ def test_the_function_stays_and_the_stream_is_k_times_as_large(
     config: PretrainedConfig, k: float, tmp_path: Path
 ) -> None:
     base, out = ModelDir(made(config, tmp_path / "base")), tmp_path / "out"
-    write_model(rescaled(weights(base), base.base, k), base, out)
+    write_model(rescaled_weights(effective_weights(base), base.base, k), base, out)
     (before, peaks), (after, scaled) = run(base.base), run(out)
     assert before.std() > 0.01
     assert (before - after).abs().max() < 2e-3 * before.abs().max()  # the epsilon is all that differs
@@ -79,21 +79,21 @@ def test_the_function_stays_and_the_stream_is_k_times_as_large(
 def test_norms_become_float32_since_a_small_gain_is_lost_in_bfloat16(tmp_path: Path) -> None:
     """Gemma stores gain - 1: at k = 1/1024 every gain lies nearer to 0 than bfloat16's step of 1/256 near -1."""
     base = ModelDir(pico_model(tmp_path / "base"))
-    write_model(rescaled(weights(base), base.base, 2.0**-10), base, tmp_path / "out")
+    write_model(rescaled_weights(effective_weights(base), base.base, 2.0**-10), base, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     norm = found["model.layers.0.post_attention_layernorm.weight"]
     assert norm.dtype == torch.float32 and torch.equal(norm + 1, torch.full((64,), 2.0**-10))
     assert (norm.bfloat16().double() + 1 == 0).all()
     assert found["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16  # nothing changed there
-    embedding = dict(stream(base))["model.embed_tokens.weight"]
+    embedding = dict(effective_tensors(base))["model.embed_tokens.weight"]
     assert torch.equal(found["model.embed_tokens.weight"], embedding * 2.0**-10)
 
 
 def test_an_adapter_is_merged_on_the_way_and_rounded_once(tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base")
     model = ModelDir(base, adapter_of(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"]))
-    scaled = {weight.name: weight.rows() for weight in rescaled(weights(model), base, 0.5)}
-    for name, tensor in stream(model):
+    scaled = {weight.name: weight.rows() for weight in rescaled_weights(effective_weights(model), base, 0.5)}
+    for name, tensor in effective_tensors(model):
         factor = 0.5 if name.endswith("embed_tokens.weight") else 1.0
         if not is_norm(name, tuple(tensor.shape)):
             assert torch.equal(scaled[name], tensor * factor), name
@@ -101,8 +101,8 @@ def test_an_adapter_is_merged_on_the_way_and_rounded_once(tmp_path: Path) -> Non
 
 def test_clipping_limits_each_norm_and_changes_the_function(tmp_path: Path) -> None:
     base = ModelDir(made(Gemma3TextConfig(**SIZES), tmp_path / "base"))
-    write_model(clipped(weights(base), base.base, 90.0), base, tmp_path / "out")
-    before, after = dict(stream(base)), dict(stream(ModelDir(tmp_path / "out")))
+    write_model(clipped_weights(effective_weights(base), base.base, 90.0), base, tmp_path / "out")
+    before, after = dict(effective_tensors(base)), dict(effective_tensors(ModelDir(tmp_path / "out")))
     for name, tensor in before.items():
         if is_norm(name, tuple(tensor.shape)):
             limit = (tensor.double() + 1).abs().quantile(0.9)
@@ -115,9 +115,9 @@ def test_clipping_limits_each_norm_and_changes_the_function(tmp_path: Path) -> N
 def test_what_cannot_be_rescaled_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text"}))
     with pytest.raises(BadConfig, match="residual stream of 'gemma3n_text' is not known"):
-        changes(["model.norm.weight"], tmp_path, 0.5)
+        rescaling_factors(["model.norm.weight"], tmp_path, 0.5)
     with pytest.raises(ValueError, match=r"k=0.3 is no power of two.*take 0\.25"):
-        changes(["model.norm.weight"], tmp_path, 0.3)
+        rescaling_factors(["model.norm.weight"], tmp_path, 0.3)
 
 
 def test_the_command_writes_a_whole_model(tmp_path: Path) -> None:

@@ -1,0 +1,13 @@
+"""Gemma 2: sandwich norms, capped attention scores and logits, every other layer with full attention."""
+
+from tasks.engine.models.families.family import SANDWICH_WRITERS, Family
+from tasks.engine.models.families.gemma_turns import GEMMA_TURNS
+
+GEMMA2 = Family(
+    name="Gemma 2",
+    model_types=("gemma2",),
+    norms_store_gain_minus_one=True,
+    residual_writers=SANDWICH_WRITERS,
+    chat_template=GEMMA_TURNS,
+    gguf_global_layer_period=2,
+)

@@ -1,0 +1,5 @@
+"""Nemotron: LayerNorm stored as gain - 1."""
+
+from tasks.engine.models.families.family import Family
+
+NEMOTRON = Family(name="Nemotron", model_types=("nemotron",), norms_store_gain_minus_one=True)
