@@ -1,15 +1,15 @@
 """A micro-batch's forward and backward as one CUDA graph: captured once for each shape, replayed without launches.
 
-    graphs = Graphs(model, objective)       # objective(model, batch) -> sums, "loss" among them
-    graphs.begin()                          # at a step's start: gradients count as 0
-    sums = graphs.run(batch)                # the gradient of sums["loss"] is added; the same numbers as without
+    graphs = CudaGraphs(model, objective, padded_label_counts(batches))   # objective(model, batch) -> LossSums
+    graphs.begin_step()                     # reattach gradient buffers, zeroed where this step does not overwrite them
+    sums = graphs.run(batch)                # accumulates the gradient of sums.loss: the same numbers as uncaptured
+    norm = graphs.finish_step(normalizer, max_norm)
 
-A small student is bound by launches: a graph takes them off the CPU. Shapes have to be static
-(tasks.engine.data.sequence_packing),
-so labels are filled up, with -100, to the most that a micro-batch of the same length has. Gradients live in one float32
-buffer, where the head's products and the embedding's look-ups add theirs in place; a buffer of the vocabulary's size
-is never made twice. The residual stream is in the autocast dtype, as it is when the model is served. Where the layers
-are Gemma 3's, and all of them trained, they run as tasks.engine.speed.gemma3 writes them.
+A small model is bound by kernel launches, which a graph takes off the CPU. Shapes have to be static
+(tasks.engine.data.sequence_packing), so labels are padded with -100 to the largest count of any micro-batch of the same
+length. Gradients live in one float32 buffer that the head's products and the embedding's backward accumulate into in
+place; no second buffer of the vocabulary's size is allocated. Fully trained Gemma 3 layers run through
+tasks.engine.speed.gemma3, with the residual stream in the autocast dtype, as it is when the model is served.
 """
 
 import warnings
@@ -25,189 +25,204 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.engine.data.chat_template import IGNORE
 from tasks.engine.data.collator import Batch
-from tasks.engine.data.micro_batches import Feed
+from tasks.engine.data.micro_batches import MicroBatchDataset
 from tasks.engine.distributed import fsdp, ranks
-from tasks.engine.distributed.gradient_reduction import norm_with_parts
-from tasks.engine.losses.gradient_accumulation import Fresh
+from tasks.engine.distributed.gradient_reduction import norm_with_shards
+from tasks.engine.losses.gradient_accumulation import OverwriteBuffer
+from tasks.engine.losses.loss_sums import LossSums
 from tasks.engine.models.lm_head import unwrap
-from tasks.engine.speed.embedding_gradient import Look
-from tasks.engine.speed.gemma3 import Stack
+from tasks.engine.speed.embedding_gradient import EmbeddingGradient
+from tasks.engine.speed.gemma3 import Gemma3Decoder
 
-LABELS = 32  # a number of labels is rounded up to a multiple of this
-ALIGNED = 64  # elements: a parameter's gradient begins at 256 bytes
-BY_LABEL = ("positions", "labels", "label_weights")  # and all whose name begins with "teacher_"
-
-Sums = dict[str, Tensor]
+LABELS = 32  # label counts are rounded up to a multiple of this
+ALIGNED = 64  # elements: each parameter's gradient begins at a multiple of 256 bytes
+LABEL_ALIGNED = ("positions", "labels", "label_weights")  # one value a label, as have names that begin with "teacher_"
 
 
-def most_labels(batches: Feed) -> dict[int, int]:
-    """By static length, the most labels that a micro-batch of it has, rounded up."""
+def padded_label_counts(batches: MicroBatchDataset) -> dict[int, int]:
+    """Static length -> largest number of labels in a micro-batch of that length, rounded up to `LABELS`."""
     assert batches.packing is not None
     tokens = [len(example.input_ids) for example in batches.examples]
     labels = [len(example.answer_ids) for example in batches.examples]
-    found: dict[int, int] = {}
-    for rows in batches.micro_batches:
-        length = batches.packing.length(sum(tokens[row] for row in rows))
-        count = sum(labels[row] for row in rows)
-        found[length] = max(found.get(length, 0), -(-count // LABELS) * LABELS)
-    return found
+    counts: dict[int, int] = {}
+    for micro_batch in batches.micro_batches:
+        length = batches.packing.static_length(sum(tokens[row] for row in micro_batch))
+        count = sum(labels[row] for row in micro_batch)
+        counts[length] = max(counts.get(length, 0), -(-count // LABELS) * LABELS)
+    return counts
 
 
-def fill_labels(batch: Batch, most: dict[int, int]) -> Batch:
-    """The batch with its labels, and all that goes with each, filled up: labels of -100, else zeros."""
-    more = most[batch["input_ids"].shape[1]] - len(batch["labels"])
-    filled: dict[str, Any] = dict(batch)
-    for name, value in filled.items():
-        if isinstance(value, Tensor) and (name in BY_LABEL or name.startswith("teacher_")):
-            padding = [0, 0] * (value.dim() - 1) + [0, more]
-            filled[name] = F.pad(value, padding, value=IGNORE if name == "labels" else 0)
-    return cast(Batch, filled)
+def pad_labels(batch: Batch, label_counts: dict[int, int]) -> Batch:
+    """Pads a batch's labels with -100, and its other per-label tensors with zeros, to the count of its length."""
+    missing = label_counts[batch["input_ids"].shape[1]] - len(batch["labels"])
+    padded: dict[str, Any] = dict(batch)
+    for name, value in padded.items():
+        if isinstance(value, Tensor) and (name in LABEL_ALIGNED or name.startswith("teacher_")):
+            padding = [0, 0] * (value.dim() - 1) + [0, missing]
+            padded[name] = F.pad(value, padding, value=IGNORE if name == "labels" else 0)
+    return cast(Batch, padded)
 
 
-class Graphs:
-    """The graphs of one model and objective, and the buffer of its gradients. Without `stack` layers stay as they
-    are."""
+class CudaGraphs:
+    """CUDA graphs of one model and objective by batch shape, and the flat buffer of the model's gradients.
+
+    `use_gemma3_decoder` replaces the layers of a fully trained Gemma 3 by tasks.engine.speed.gemma3.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, objective: Callable[[PreTrainedModel, Batch], Sums], most: dict[int, int],
-        stack: bool = True, warn: Callable[[str], None] = warnings.warn,
+        self, model: PreTrainedModel, objective: Callable[[PreTrainedModel, Batch], LossSums],
+        label_counts: dict[int, int], use_gemma3_decoder: bool = True, warn: Callable[[str], None] = warnings.warn,
     ) -> None:  # fmt: skip
-        self.model, self.objective, self.most, self.warn = model, objective, most, warn
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.trained.sort(key=fsdp.is_split)  # whole ones first
-        held = [fsdp.own(p) for p in self.trained]
+        self.model, self.objective, self.label_counts, self.warn = model, objective, label_counts, warn
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable.sort(key=fsdp.is_sharded)  # unsharded parameters first
+        local_parts = [fsdp.local_tensor(parameter) for parameter in self.trainable]
         starts, size = [], 0
-        for part in held:
+        for part in local_parts:
             starts.append(size)
             size += -(-part.numel() // ALIGNED) * ALIGNED
-        self.flat = torch.zeros(size, dtype=torch.float32, device=model.device)
-        views = [self.flat[s : s + part.numel()].view(part.shape) for s, part in zip(starts, held, strict=True)]
-        self.grads = [fsdp.joined_like(view, p) for view, p in zip(views, self.trained, strict=True)]
-        whole = sum(not fsdp.is_split(p) for p in self.trained)
-        self.parts = self.flat[starts[whole] if whole < len(starts) else size :]  # of split parameters' gradients
-        own = {id(p): grad for p, grad in zip(self.trained[:whole], self.grads, strict=False)}
-        self.head_grad = own.get(id(cast(Any, unwrap(model)).get_output_embeddings().weight))
-        self.look = Look(unwrap(model).get_input_embeddings(), own)
+        self.flat_grads = torch.zeros(size, dtype=torch.float32, device=model.device)
+        views = [
+            self.flat_grads[start : start + part.numel()].view(part.shape)
+            for start, part in zip(starts, local_parts, strict=True)
+        ]
+        self.grads = [fsdp.join_shard(view, parameter) for view, parameter in zip(views, self.trainable, strict=True)]
+        unsharded = sum(not fsdp.is_sharded(parameter) for parameter in self.trainable)
+        self.sharded_grads = self.flat_grads[starts[unsharded] if unsharded < len(starts) else size :]
+        grads_by_id = {id(p): grad for p, grad in zip(self.trainable[:unsharded], self.grads, strict=False)}
+        self.head_grad = grads_by_id.get(id(cast(Any, unwrap(model)).get_output_embeddings().weight))
+        self.embedding_gradient = EmbeddingGradient(unwrap(model).get_input_embeddings(), grads_by_id)
         dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        self.stack = Stack.of(model, own, dtype) if stack else None
-        head = self.stack.head if self.stack else None
-        extras = {"head_grad": self.head_grad, "stack": self.stack, "head_weight": head}
-        self.extras = {name: value for name, value in extras.items() if value is not None}
-        self.factor = torch.ones((), device=model.device)
-        # Where a step is one micro-batch (as its last was), products write all gradients, which need not be 0 before.
-        self.writes = (
-            self.stack is not None and self.head_grad is not None and self.head_grad is self.look.into
-            and len(self.trained) == len(list(unwrap(model).base_model.parameters()))
+        self.decoder = Gemma3Decoder.of(model, grads_by_id, dtype) if use_gemma3_decoder else None
+        head_weight = self.decoder.head_weight if self.decoder else None
+        extras = {"head_grad": self.head_grad, "decoder": self.decoder, "head_weight": head_weight}
+        self.batch_extras = {name: value for name, value in extras.items() if value is not None}
+        self.grad_scale = torch.ones((), device=model.device)
+        # A step of one micro-batch (predicted from the previous step's count) overwrites every gradient: no zeroing.
+        self.can_overwrite = (
+            self.decoder is not None and self.head_grad is not None and self.head_grad is self.embedding_gradient.grad
+            and len(self.trainable) == len(list(unwrap(model).base_model.parameters()))
         )  # fmt: skip
-        self.leaves_factor = self.current = self.alone = False
-        self.runs, self.captures = 0, True
-        self.warm: set[tuple[Any, ...]] = set()
-        self.captured: dict[tuple[Any, ...], _Captured] = {}
+        self.optimizer_scales = self.decoder_current = self.overwrites = False
+        self.micro_batches, self.can_capture = 0, True
+        self.warm_shapes: set[tuple[Any, ...]] = set()
+        self.graphs: dict[tuple[Any, ...], _CapturedGraph] = {}
 
     def close(self) -> None:
-        """Lets go of what was captured: NCCL does not end while a graph holds its work."""
-        for captured in self.captured.values():
+        """Frees the captured graphs: NCCL cannot shut down while a graph holds its collectives."""
+        for captured in self.graphs.values():
             captured.graph.reset()
-        self.captured.clear()
+        self.graphs.clear()
 
-    def begin(self) -> None:
-        """Gradients of 0, or such as the first product writes, in place: whoever took them away at the last step's end
-        gets the same ones."""
-        self.alone, self.runs = self.writes and self.runs == 1, 0
-        if not self.alone:
-            self.flat.zero_()
-        for parameter, grad in zip(self.trained, self.grads, strict=True):
+    def begin_step(self) -> None:
+        """Reattaches the gradient buffers, zeroed unless this step's only micro-batch overwrites them."""
+        self.overwrites, self.micro_batches = self.can_overwrite and self.micro_batches == 1, 0
+        if not self.overwrites:
+            self.flat_grads.zero_()
+        for parameter, grad in zip(self.trainable, self.grads, strict=True):
             parameter.grad = grad
-        if self.stack is not None and not self.current:
-            self.stack.refresh()
-        self.current = False
+        if self.decoder is not None and not self.decoder_current:
+            self.decoder.refresh()
+        self.decoder_current = False
 
-    def finish(self, labels: Tensor | int, most: float) -> Tensor:
-        """Sums the gradients over all processes, makes them those of the mean over `labels`, and clips them to a norm
-        of `most` (0: not at all) in the same pass, which may be the optimizer's; the norm before."""
-        whole = self.flat[: len(self.flat) - len(self.parts)]
-        ranks.total(whole)
-        norm: Tensor = torch.linalg.vector_norm(whole)
-        if len(self.parts):  # summed over the processes in the backward
-            norm = norm_with_parts(norm, torch.linalg.vector_norm(self.parts))
-        norm = norm / labels
-        self.factor.copy_(((most / (norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(norm)) / labels)
-        if not self.leaves_factor:
-            self.flat.mul_(self.factor)
+    def finish_step(self, normalizer: Tensor | int, max_norm: float) -> Tensor:
+        """Sums gradients over all processes, divides by `normalizer` and clips them to `max_norm` (0: no clipping).
+
+        Both are one scale, which `optimizer`'s AdamW applies itself. Returns the norm before clipping.
+        """
+        unsharded = self.flat_grads[: len(self.flat_grads) - len(self.sharded_grads)]
+        ranks.sum_over_ranks(unsharded)
+        norm: Tensor = torch.linalg.vector_norm(unsharded)
+        if len(self.sharded_grads):  # summed over the processes in the backward
+            norm = norm_with_shards(norm, torch.linalg.vector_norm(self.sharded_grads))
+        norm = norm / normalizer
+        clipping = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+        self.grad_scale.copy_(clipping / normalizer)
+        if not self.optimizer_scales:
+            self.flat_grads.mul_(self.grad_scale)
         return norm
 
-    def optimizer(self, rate: float) -> tuple[Any, dict[str, Any]] | None:
-        """An AdamW that applies what `finish` leaves, and renews the layers' weights; None for torch's own."""
-        if self.stack is None or self.flat.device.type != "cuda":
+    def optimizer(self, learning_rate: float) -> tuple[Any, dict[str, Any]] | None:
+        """A fused AdamW (class, settings) that scales gradients and updates the decoder's weights; None without one."""
+        if self.decoder is None or self.flat_grads.device.type != "cuda":
             return None
         from tasks.engine.speed.gemma3.fused_adamw import AdamW  # noqa: PLC0415  # Triton is where CUDA is
 
-        def after() -> None:
-            self.current = True
+        def mark_current() -> None:
+            self.decoder_current = True
 
-        self.leaves_factor = True
-        return AdamW, {"lr": rate, "copies": self.stack.weights, "factor": self.factor, "after": after}
+        self.optimizer_scales = True
+        settings = {"copies": self.decoder.weights, "factor": self.grad_scale, "after_step": mark_current}
+        return AdamW, {"lr": learning_rate, **settings}
 
-    def run(self, batch: Batch) -> Sums:
-        """The objective's sums, detached; their tensors hold until the next call."""
-        batch, fresh = fill_labels(batch, self.most), self.alone and not self.runs
-        self.runs += 1
-        shape = tuple((name, tuple(v.shape)) for name, v in sorted(batch.items()) if isinstance(v, Tensor))
+    def run(self, batch: Batch) -> LossSums:
+        """Forward and backward of a micro-batch; returns the objective's detached sums, valid until the next call.
+
+        A shape runs uncaptured the first time (which compiles kernels), is captured the second, and replayed from then.
+        """
+        batch, overwrite = pad_labels(batch, self.label_counts), self.overwrites and not self.micro_batches
+        self.micro_batches += 1
+        shape = tuple((name, tuple(value.shape)) for name, value in sorted(batch.items()) if isinstance(value, Tensor))
         key = (*shape, batch["longest"])
-        if key in self.warm and self.captures and (key, fresh) not in self.captured:
-            self._capture((key, fresh), batch)
-        if (key, fresh) in self.captured:
-            return self.captured[key, fresh].replay(batch)
-        if key in self.warm:
-            return self._work(batch, fresh)
-        self.captured.clear()  # their memory is needed: the first time, a shape runs (and compiles) without a graph
+        if key in self.warm_shapes and self.can_capture and (key, overwrite) not in self.graphs:
+            self._capture((key, overwrite), batch)
+        if (key, overwrite) in self.graphs:
+            return self.graphs[key, overwrite].replay(batch)
+        if key in self.warm_shapes:
+            return self._forward_backward(batch, overwrite)
+        self.graphs.clear()  # the uncaptured run needs their memory
         torch.cuda.empty_cache()
-        self.warm.add(key)
-        return self._work(batch, fresh)
+        self.warm_shapes.add(key)
+        return self._forward_backward(batch, overwrite)
 
     def _capture(self, key: tuple[Any, bool], batch: Batch) -> None:
-        """Nothing that is captured runs: a model that cannot be, for it waits for the device (Gemma 3n makes tensors of
-        host numbers), goes on without graphs. One that is split cannot: it would stop between two collectives."""
+        """Captures a micro-batch; a model that cannot be captured warns and runs without graphs from then on.
+
+        A model that waits for the device cannot be (Gemma 3n makes tensors of host numbers). Raises BadConfig for a
+        sharded one, whose processes would stop between two collectives.
+        """
         torch.cuda.empty_cache()
-        pool = next(iter(self.captured.values())).graph.pool() if self.captured else None
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
         try:
-            self.captured[key] = _Captured(batch, lambda batch: self._work(batch, key[1]), pool)
+            self.graphs[key] = _CapturedGraph(batch, lambda batch: self._forward_backward(batch, key[1]), pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            if any(map(fsdp.is_split, self.model.parameters())):
+            if any(map(fsdp.is_sharded, self.model.parameters())):
                 raise BadConfig(f"a micro-batch cannot be a CUDA graph: {reason}. Set cuda_graphs=off") from error
-            self.captures = False
+            self.can_capture = False
             self.close()
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())  # the old state may wait for the capture's end
             self.warn(f"micro-batches run without CUDA graphs: {reason}")
 
-    def _work(self, batch: Batch, fresh: bool = False) -> Sums:
-        """Adds the batch's gradients to what is there; `fresh`: puts them in its place."""
-        own: dict[str, Any] = {**batch, **self.extras}
-        head = Fresh(self.head_grad) if fresh and self.head_grad is not None else None
-        if head:
-            own |= {"head_grad": head, "stack": partial(cast(Any, self.stack), fresh=True)}
-        with self.look:
-            sums = self.objective(self.model, cast(Batch, own))
-        if head and not head.taken:  # the loss did not ask for it: autograd will add the gradient
-            head.total.zero_()
-        sums["loss"].backward()
-        return {name: value.detach() for name, value in sums.items()}
+    def _forward_backward(self, batch: Batch, overwrite: bool = False) -> LossSums:
+        """Accumulates the batch's gradients into the buffers, or with `overwrite` replaces what they hold."""
+        inputs: dict[str, Any] = {**batch, **self.batch_extras}
+        head_buffer = OverwriteBuffer(self.head_grad) if overwrite and self.head_grad is not None else None
+        if head_buffer:
+            inputs |= {"head_grad": head_buffer, "decoder": partial(cast(Any, self.decoder), overwrite=True)}
+        with self.embedding_gradient:
+            sums = self.objective(self.model, cast(Batch, inputs))
+        if head_buffer and not head_buffer.written:  # a loss that leaves the head's gradient to autograd, which adds it
+            head_buffer.grad.zero_()
+        sums.loss.backward()
+        return sums.detach()
 
 
-class _Captured:
-    def __init__(self, batch: Batch, work: Callable[[Batch], Sums], pool: Any) -> None:
+class _CapturedGraph:
+    """A captured micro-batch: static input tensors, the graph, and the sums that a replay writes."""
+
+    def __init__(self, batch: Batch, work: Callable[[Batch], LossSums], pool: Any) -> None:
         self.inputs = {name: value.clone() for name, value in batch.items() if isinstance(value, Tensor)}
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        # Only this thread must leave the device alone meanwhile: the one that makes batches ready pins memory.
+        # thread_local: the prefetch thread pins memory meanwhile, which a global capture would not allow.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.sums = work(cast(Batch, {**batch, **self.inputs}))
 
-    def replay(self, batch: Batch) -> Sums:
+    def replay(self, batch: Batch) -> LossSums:
         for name, value in self.inputs.items():
             value.copy_(cast(dict[str, Tensor], batch)[name], non_blocking=True)
         self.graph.replay()

@@ -1,4 +1,7 @@
-"""Look-ups in an embedding whose gradient goes straight to its place."""
+"""Embedding lookups whose backward accumulates into an existing gradient buffer.
+
+Autograd would allocate a gradient of the vocabulary's size (V, H) for a lookup of some thousand tokens.
+"""
 
 from typing import Any, cast
 
@@ -6,20 +9,21 @@ import torch
 from torch import Tensor, nn
 
 
-class Look:
-    """While it is entered, the input embedding adds its gradient into a buffer itself, in one product's order.
+class EmbeddingGradient:
+    """Context in which the embedding's backward adds its gradient into an existing buffer, deterministically.
 
-    Autograd would make a gradient as large as the vocabulary for a look-up of some thousand rows.
+    `grads` are buffers by `id` of a parameter; without one for the embedding, or for a module that does more than look
+    up and scale rows, autograd stays as it is.
     """
 
     def __init__(self, embedding: nn.Module, grads: dict[int, Tensor]) -> None:
         self.embedding = cast(Any, embedding)
-        self.into = grads.get(id(self.embedding.weight)) if _is_scaled_look_up(self.embedding) else None
+        self.grad = grads.get(id(self.embedding.weight)) if _is_scaled_lookup(self.embedding) else None
         self.anchor = torch.zeros((), device=self.embedding.weight.device, requires_grad=True)
         self.handles: list[Any] = []
 
     def __enter__(self) -> None:
-        if self.into is not None:
+        if self.grad is not None:
             self.handles = [
                 self.embedding.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None),
                 self.embedding.register_forward_hook(self._hook),
@@ -36,41 +40,48 @@ class Look:
             output = output.to(torch.get_autocast_dtype("cuda"))
         return cast(
             Tensor,
-            cast(Any, _Looked).apply(self.anchor, output, arguments[0], self.into, _scale(module), module.padding_idx),
+            cast(Any, _AccumulateGradient).apply(
+                self.anchor, output, arguments[0], self.grad, _scale(module), module.padding_idx
+            ),
         )
 
 
-class _Looked(torch.autograd.Function):
+class _AccumulateGradient(torch.autograd.Function):
+    """The identity on an embedding's output; its backward does grad[ids] += scale * d_output.
+
+    `anchor` requires a gradient, so that autograd calls the backward.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, output: Tensor, ids: Tensor, into: Tensor, scale: float, padding: int | None
+        ctx: Any, anchor: Tensor, output: Tensor, ids: Tensor, grad: Tensor, scale: float, padding: int | None
     ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.into, ctx.scale, ctx.padding = into, scale, padding
+        ctx.grad, ctx.scale, ctx.padding = grad, scale, padding
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        ids, added = ctx.saved_tensors[0].flatten(), grads[0].flatten(0, -2)
+        ids, d_output = ctx.saved_tensors[0].flatten(), grads[0].flatten(0, -2)
         if ids.is_cuda:
-            from tasks.engine.speed.embedding_gradient_kernel import add_rows  # noqa: PLC0415  # Triton is where CUDA is
+            from tasks.engine.speed.embedding_gradient_kernel import accumulate_rows  # noqa: PLC0415  # needs Triton
 
-            add_rows(ctx.into, ids, added.contiguous(), ctx.scale, ctx.padding)
+            accumulate_rows(ctx.grad, ids, d_output.contiguous(), ctx.scale, ctx.padding)
             return (None,) * 6
-        added = added.float() * ctx.scale
+        d_output = d_output.float() * ctx.scale
         if ctx.padding is not None:
-            added = added * (ids != ctx.padding)[:, None]
-        ctx.into.index_put_((ids,), added, accumulate=True)
+            d_output = d_output * (ids != ctx.padding)[:, None]
+        ctx.grad.index_put_((ids,), d_output, accumulate=True)
         return (None,) * 6
 
 
 def _scale(embedding: Any) -> float:
-    """What a row is multiplied by on its way out (Gemma: sqrt(hidden))."""
+    """Factor that the module multiplies rows by (Gemma: sqrt(hidden))."""
     return float(getattr(embedding, "scalar_embed_scale", 1.0))
 
 
-def _is_scaled_look_up(embedding: Any) -> bool:
-    """Whether the module gives its weight's rows times a number, and nothing else."""
+def _is_scaled_lookup(embedding: Any) -> bool:
+    """Whether the module returns its weight's rows times a constant, and nothing else."""
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
         return False
     ids = torch.tensor([[1, 3, 2]], device=embedding.weight.device)

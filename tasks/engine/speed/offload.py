@@ -1,13 +1,13 @@
-"""What compiled layers keep for the backward pass, kept in the host's memory meanwhile.
+"""Activation offload: compiled layers' saved tensors wait in pinned host memory between forward and backward.
 
-    offload = Offload(model)
+    offload = Offload(model, layers)
     with offload.layer(3):                  # around a layer's forward
         hidden = layer(hidden)
 
-What a layer keeps as wide as the residual stream, its input and its MLP's output, is copied to pinned memory while the
-next layers work, and copied back while the layer behind it goes backward, on a stream of their own: the copies cost no
-time as long as a layer takes longer than they need on the bus. Attention's output stays: with it, the bus would be the
-slower one on an H200. It works inside CUDA graphs too. Unsloth does the same with its layers' inputs.
+Offloaded are a layer's saved tensors of the residual stream's width: its input and its MLP's output. A second stream
+copies them out while the next layers run forward, and back while the layer behind runs backward, so the copies are free
+as long as a layer takes longer than its share of the bus. Attention's output stays on the device: with it the bus would
+be the slower one on an H200. Works inside CUDA graphs. Unsloth offloads its layers' inputs the same way.
 """
 
 from collections import deque
@@ -20,134 +20,134 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.engine.models.lm_head import layers_of, unwrap
+from tasks.engine.models.families import family_of
+from tasks.engine.models.lm_head import decoder_layers, unwrap
 
-LEAST = 4 << 20  # bytes: smaller tensors stay
-UNDERWAY = 4  # tensors being copied before the next one waits
-LAST_KEPT = 1  # layers at the end that keep theirs: the backward begins with them
-SHARE = 0.25  # of the host's free memory that may be pinned
+MIN_BYTES = 4 << 20  # smaller tensors stay on the device
+MAX_COPIES = 4  # copies in flight before the next one waits
+LAYERS_ON_DEVICE = 1  # last layers that are not offloaded: the backward begins with them
+MAX_PINNED_FRACTION = 0.25  # of the host's available memory
 
 
 @dataclass(eq=False)
-class _Away:
-    """A tensor in host memory, and its copy on the device while it is on its way back."""
+class _OffloadedTensor:
+    """A tensor in host memory, and its device copy with the event that ends the copy back."""
 
     layer: int
     host: Tensor
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
-    back: Tensor | None = None
-    there: torch.cuda.Event | None = None
+    device_copy: Tensor | None = None
+    copied: torch.cuda.Event | None = None
 
 
 class Offload:
-    """The activations that one model's layers keep. On the CPU they are only copied, so that it can be tried there."""
+    """Offloads the saved activations of one model's layers. On the CPU it copies only, for tests."""
 
     def __init__(self, model: nn.Module, layers: int) -> None:
         self.layers = layers
         weights = [*model.parameters(), *model.buffers()]
-        self.own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        self.weight_storages = {tensor.untyped_storage().data_ptr() for tensor in weights}
         self.cuda = weights[0].is_cuda
         self.width = unwrap(model).config.get_text_config().hidden_size
         self.stream = torch.cuda.Stream(weights[0].device) if self.cuda else None
-        self.hosts: dict[tuple[int, int], Tensor] = {}
-        self.away: dict[int, list[_Away]] = {}
-        self.leaving: deque[tuple[Any, Tensor]] = deque()
-        self.now = 0
+        self.host_buffers: dict[tuple[int, int], Tensor] = {}
+        self.offloaded: dict[int, list[_OffloadedTensor]] = {}
+        self.copies_out: deque[tuple[Any, Tensor]] = deque()
+        self.current_layer = 0
 
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
-        """Layer `number` of the model works inside."""
-        if number >= self.layers - LAST_KEPT:
+        """Context of layer `number`'s forward, whose saved tensors are offloaded."""
+        if number >= self.layers - LAYERS_ON_DEVICE:
             yield
             return
-        self.now, self.away[number] = number, []
+        self.current_layer, self.offloaded[number] = number, []
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Away:
-        if not self._goes(tensor):
+    def _pack(self, tensor: Tensor) -> Tensor | _OffloadedTensor:
+        if not self._is_offloadable(tensor):
             return tensor
-        kept, whole = self.away[self.now], _whole(tensor)
-        host = self._host((self.now, len(kept)), whole)
-        one = _Away(self.now, host, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
-        kept.append(one)
+        offloaded, storage = self.offloaded[self.current_layer], _storage_view(tensor)
+        host = self._host_buffer((self.current_layer, len(offloaded)), storage)
+        entry = _OffloadedTensor(self.current_layer, host, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        offloaded.append(entry)
         if self.stream is None:
-            host.copy_(whole)
-            return one
-        main = torch.cuda.current_stream()
-        self.stream.wait_stream(main)
+            host.copy_(storage)
+            return entry
+        main_stream = torch.cuda.current_stream()
+        self.stream.wait_stream(main_stream)
         with torch.cuda.stream(self.stream):
-            host.copy_(whole, non_blocking=True)
-            self.leaving.append((self.stream.record_event(), tensor))
-        while len(self.leaving) > UNDERWAY:  # its memory may be used again by what comes after the wait
-            main.wait_event(self.leaving.popleft()[0])
-        return one
+            host.copy_(storage, non_blocking=True)
+            self.copies_out.append((self.stream.record_event(), tensor))
+        while len(self.copies_out) > MAX_COPIES:  # after the wait the allocator may reuse the tensor's memory
+            main_stream.wait_event(self.copies_out.popleft()[0])
+        return entry
 
-    def _goes(self, tensor: Tensor) -> bool:
-        """Whether it is a large activation as wide as the residual stream; one with a few more columns counts."""
+    def _is_offloadable(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a large activation of the residual stream's width, padded columns included."""
         size, storage = tensor.numel() * tensor.element_size(), tensor.untyped_storage()
-        if size < LEAST or tensor.shape[-1] != self.width or tensor.is_cuda != self.cuda:
+        if size < MIN_BYTES or tensor.shape[-1] != self.width or tensor.is_cuda != self.cuda:
             return False
-        return storage.data_ptr() not in self.own and storage.nbytes() <= 1.25 * size
+        return storage.data_ptr() not in self.weight_storages and storage.nbytes() <= 1.25 * size
 
-    def _unpack(self, kept: Tensor | _Away) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        if kept.layer == self.layers - LAST_KEPT - 1:
-            self._let_go()
-        for layer in (kept.layer, kept.layer - 1):
-            for one in self.away.get(layer, []):
-                self._fetch(one)
-        back, kept.back = kept.back, None
-        self.away[kept.layer].remove(kept)
-        assert back is not None  # just fetched
-        back = back.as_strided(kept.shape, kept.stride, kept.offset)
-        if kept.there is not None:
-            torch.cuda.current_stream().wait_event(kept.there)
-        return back
+    def _unpack(self, entry: Tensor | _OffloadedTensor) -> Tensor:
+        if isinstance(entry, Tensor):
+            return entry
+        if entry.layer == self.layers - LAYERS_ON_DEVICE - 1:
+            self._wait_for_copies()
+        for layer in (entry.layer, entry.layer - 1):
+            for other in self.offloaded.get(layer, []):
+                self._start_copy_back(other)
+        tensor, entry.device_copy = entry.device_copy, None
+        self.offloaded[entry.layer].remove(entry)
+        assert tensor is not None  # just fetched
+        tensor = tensor.as_strided(entry.shape, entry.stride, entry.offset)
+        if entry.copied is not None:
+            torch.cuda.current_stream().wait_event(entry.copied)
+        return tensor
 
-    def _fetch(self, one: _Away) -> None:
-        """Starts a tensor's way back."""
-        if one.back is not None:
+    def _start_copy_back(self, entry: _OffloadedTensor) -> None:
+        """Starts the copy to the device, unless it was started before."""
+        if entry.device_copy is not None:
             return
-        one.back = torch.empty_like(one.host, device="cuda" if self.cuda else "cpu", pin_memory=False)
+        entry.device_copy = torch.empty_like(entry.host, device="cuda" if self.cuda else "cpu", pin_memory=False)
         if self.stream is None:
-            one.back.copy_(one.host)
+            entry.device_copy.copy_(entry.host)
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            one.back.copy_(one.host, non_blocking=True)
-            one.there = self.stream.record_event()
+            entry.device_copy.copy_(entry.host, non_blocking=True)
+            entry.copied = self.stream.record_event()
 
-    def _let_go(self) -> None:
-        """Of the tensors whose copies the forward did not wait for."""
-        while self.leaving:
-            torch.cuda.current_stream().wait_event(self.leaving.popleft()[0])
+    def _wait_for_copies(self) -> None:
+        """Waits for the copies to the host that the forward left in flight."""
+        while self.copies_out:
+            torch.cuda.current_stream().wait_event(self.copies_out.popleft()[0])
 
-    def _host(self, place: tuple[int, int], tensor: Tensor) -> Tensor:
-        """Pinned memory for a flat tensor, the same for the same place in every step: a CUDA graph has its address."""
+    def _host_buffer(self, slot: tuple[int, int], tensor: Tensor) -> Tensor:
+        """Pinned buffer of a slot (layer, index), the same in every step: CUDA graphs hold its address."""
         size = tensor.numel() * tensor.element_size()
-        if place not in self.hosts or self.hosts[place].numel() < size:
-            self.hosts[place] = torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
-        return self.hosts[place][:size].view(tensor.dtype)
+        if slot not in self.host_buffers or self.host_buffers[slot].numel() < size:
+            self.host_buffers[slot] = torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
+        return self.host_buffers[slot][:size].view(tensor.dtype)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor's storage, which is what can be copied at the bus's speed."""
+def _storage_view(tensor: Tensor) -> Tensor:
+    """A tensor's whole storage, flat: contiguous, so copied at the bus's full speed."""
     return tensor.new_empty(0).set_(tensor.untyped_storage())
 
 
-def host_has(size: float) -> bool:
-    """Whether the host has so many bytes to pin."""
+def fits_host_memory(size: float) -> bool:
+    """Whether `size` bytes may be pinned on this host."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return size < SHARE * 1024 * int(fields["MemAvailable"].split()[0])
+    return size < MAX_PINNED_FRACTION * 1024 * int(fields["MemAvailable"].split()[0])
 
 
-def kept_a_token(model: nn.Module) -> int:
-    """Bytes a token that all layers keep away: their inputs and their MLPs' outputs, in half precision (several streams
-    of Gemma 3n's: in float32)."""
+def offloaded_bytes_per_token(model: nn.Module) -> int:
+    """Bytes per token that all layers offload: inputs and MLP outputs, half precision (Gemma 3n's streams: float32)."""
     text = unwrap(model).config.get_text_config()
-    streams = int(getattr(text, "altup_num_inputs", 1))
-    return len(layers_of(model)) * int(text.hidden_size) * (2 + streams * (4 if streams > 1 else 2))
+    streams = family_of(text.model_type).streams(text)
+    return len(decoder_layers(model)) * int(text.hidden_size) * (2 + streams * (4 if streams > 1 else 2))

@@ -6,13 +6,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from tasks.core.errors import BadConfig
-from tasks.core.job import Job
-from tasks.core.refs import ModelDir
-from tasks.engine.speed.compile import run_layers
-from tasks.engine.speed.fp8.matmul import fill, padded, product, quantize, quantize_rows, quantize_weight
+from tasks.engine.speed.compile import configure_layers
+from tasks.engine.speed.fp8.matmul import (
+    fill_lora,
+    padded_rank,
+    quantize_rows,
+    quantize_weight,
+    quantize_with_lora,
+    scaled_matmul,
+)
 from tasks.engine.speed.fused_lora.fused_layers import FusedMLP, fuse_adapters
 from tasks.teacher import FineTuneConfig
-from tasks.teacher.run import fine_tune
+from tasks.teacher.run import _check_fp8
 from tests.engine.speed.test_fused_lora import outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
@@ -35,11 +40,11 @@ def adapted(name: str):
     return model
 
 
-def away(ours, want) -> float:
-    return float((ours.double() - want.double()).norm() / want.double().norm())
+def relative_error(values, expected) -> float:
+    return float((values.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_a_row_s_largest_value_is_kept_and_the_others_to_four_bits():
+def test_rows_are_quantized_to_four_bits_and_their_maximum_exactly():
     torch.manual_seed(0)
     x = torch.randn(40, 48) * torch.logspace(-6, 6, 40)[:, None]
     x[3] = 0
@@ -51,47 +56,48 @@ def test_a_row_s_largest_value_is_kept_and_the_others_to_four_bits():
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_a_product_takes_its_low_rank_along_about_as_exactly_as_bfloat16(members):
-    """Where the weight is 0 the low rank is all there is to see."""
+def test_the_lora_part_of_a_product_is_about_as_exact_as_bfloat16(members):
+    """Against the same product with a LoRA matrix of 0."""
     torch.manual_seed(0)
     weight, x, grad = torch.randn(96, 64), torch.randn(7, 64), torch.randn(7, 96)
-    low, given = 0.2 * torch.randn(96, 6), torch.randn(7, 6 * members)
-    block = torch.block_diag(*low.chunk(members))
+    lora, low_rank_x = 0.2 * torch.randn(96, 6), torch.randn(7, 6 * members)
+    block = torch.block_diag(*lora.chunk(members))
     parts = quantize_weight(weight, 6 * members)
-    fill(parts, low, members, low.abs().max())
-    got = product(*quantize(x, given), parts[0], parts[1], torch.float32)
-    assert away(got, x @ weight.T + given @ block.T) < 0.05
-    room = padded(6 * members)
-    both = product(*quantize_rows(grad), parts[2], parts[3], torch.float32)
-    assert away(both[:, :64], grad @ weight) < 0.05
+    fill_lora(parts, lora, members, lora.abs().max())
+    product = scaled_matmul(*quantize_with_lora(x, low_rank_x), parts[0], parts[1], torch.float32)
+    assert relative_error(product, x @ weight.T + low_rank_x @ block.T) < 0.05
+    lora_columns = padded_rank(6 * members)
+    product_tall = scaled_matmul(*quantize_rows(grad), parts[2], parts[3], torch.float32)
+    assert relative_error(product_tall[:, :64], grad @ weight) < 0.05
     exact = (quantize_rows(grad)[0].float() * quantize_rows(grad)[1]) @ block
-    assert away(both[:, 64 : 64 + 6 * members] + both[:, 64 + room : 64 + room + 6 * members], exact) < 4e-3
-    alone = quantize_weight(weight, 6 * members)
-    fill(alone, torch.zeros_like(low), members, low.new_zeros(()))
-    without = product(*quantize(x, given), alone[0], alone[1], torch.float32)
-    assert away(got - without, given @ block.T) < 8e-3
+    high, low = (product_tall[:, start : start + 6 * members] for start in (64, 64 + lora_columns))
+    assert relative_error(high + low, exact) < 4e-3
+    empty = quantize_weight(weight, 6 * members)
+    fill_lora(empty, torch.zeros_like(lora), members, lora.new_zeros(()))
+    product_without = scaled_matmul(*quantize_with_lora(x, low_rank_x), empty[0], empty[1], torch.float32)
+    assert relative_error(product - product_without, low_rank_x @ block.T) < 8e-3
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("save_gate_up", [True, False])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_an_mlp_in_8_bits_has_nearly_peft_s_loss_and_gradients(name, keep):
+def test_an_mlp_in_8_bits_has_nearly_peft_s_loss_and_gradients(name, save_gate_up):
     model = adapted(name)
-    want, names = outcome(model), [name for name, _ in model.named_parameters()]
-    groups = fuse_adapters(model, keep=keep, fp8=True)
+    expected, names = outcome(model), [name for name, _ in model.named_parameters()]
+    groups = fuse_adapters(model, save_gate_up=save_gate_up, fp8=True)
     assert sum(group.fp8 for group in groups) == 4
     assert sum(isinstance(module, FusedMLP) for module in model.modules()) == 2
     assert [name for name, _ in model.named_parameters()] == names
     loss, gradients = outcome(model)
-    assert abs(float(loss - want[0])) < 0.02 * float(want[0])
-    far = {name: away(value, want[1][name]) for name, value in gradients.items()}
-    assert max(far.values()) < 0.25, max(far, key=far.get)
-    assert sum(far.values()) / len(far) < 0.12
+    assert abs(float(loss - expected[0])) < 0.02 * float(expected[0])
+    errors = {name: relative_error(value, expected[1][name]) for name, value in gradients.items()}
+    assert max(errors.values()) < 0.25, max(errors, key=errors.get)
+    assert sum(errors.values()) / len(errors) < 0.12
     weight = model.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight
     assert weight.shape == (128, 384)
     assert bool(weight.isnan().all())  # whoever multiplied it would see
 
 
-def test_what_does_not_fit_stays_in_its_own_precision():
+def test_unsupported_widths_stay_in_their_precision():
     torch.manual_seed(0)
     config = Gemma3TextConfig(**SMALL | {"intermediate_size": 204}, sliding_window=8)
     model = get_peft_model(Gemma3ForCausalLM(config), LoraConfig(r=4, target_modules="all-linear"))
@@ -101,20 +107,24 @@ def test_what_does_not_fit_stays_in_its_own_precision():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a card")
+def test_the_stage_refuses_fp8_on_a_device_without_it():
+    with pytest.raises(BadConfig, match="8-bit"):
+        _check_fp8(FineTuneConfig(fp8=True, precision="bfloat16"))
+
+
 @pytest.mark.parametrize(
-    ("settings", "reason"), [({}, "8-bit"), ({"method": "qlora"}, "method=lora"), ({"use_dora": True}, "use_dora")]
+    ("settings", "reason"), [({"method": "qlora"}, "method=lora"), ({"use_dora": True}, "use_dora")]
 )
-def test_the_stage_refuses_it_where_it_cannot_be_and_says_why(tmp_path, settings, reason):
-    config = FineTuneConfig(fp8=True, precision="bfloat16", **settings)
-    with pytest.raises(BadConfig, match=reason):
-        fine_tune(config, ModelDir(tmp_path), tmp_path, tmp_path, Job(tmp_path))
+def test_the_config_refuses_fp8_with_the_reason(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        FineTuneConfig(fp8=True, precision="bfloat16", **settings)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("keep", [False, True])
-def test_the_kernels_have_the_float64_gradients_of_a_layer_of_real_size(fp8, keep):
+@pytest.mark.parametrize("save_gate_up", [False, True])
+def test_the_kernels_have_the_float64_gradients_of_a_layer_of_real_size(fp8, save_gate_up):
     """Gemma-3-1B's MLP, 4224 tokens: more than a chunk, adapters away from 0."""
     if fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("the card has no 8-bit products")
@@ -137,34 +147,36 @@ def test_the_kernels_have_the_float64_gradients_of_a_layer_of_real_size(fp8, kee
 
     x64 = x.bfloat16().double().requires_grad_()
     gate = torch.nn.functional.gelu(adapted_by_hand("gate_proj", x64), approximate="tanh")
-    want_y = adapted_by_hand("down_proj", gate * adapted_by_hand("up_proj", x64))
-    want = torch.autograd.grad(want_y, [x64, *trained.values()], grad.bfloat16().double())
-    fuse_adapters(model, keep=keep, fp8=fp8)
+    expected_y = adapted_by_hand("down_proj", gate * adapted_by_hand("up_proj", x64))
+    expected = torch.autograd.grad(expected_y, [x64, *trained.values()], grad.bfloat16().double())
+    fuse_adapters(model, save_gate_up=save_gate_up, fp8=fp8)
     model.train()
     mlp = model.base_model.model.model.layers[0].mlp
     assert mlp.fp8 == fp8
-    own = x.bfloat16().requires_grad_()
+    x_bf16 = x.bfloat16().requires_grad_()
     for hook in model.base_model.model.model._forward_pre_hooks.values():
         hook(None, ())
-    y = mlp(own)
+    y = mlp(x_bf16)
     y.backward(grad.bfloat16())
     parameters = dict(mlp.named_parameters())
-    far = {"y": away(y, want_y), "x": away(own.grad, want[0])}
-    far |= {name: away(parameters[name].grad, value) for name, value in zip(trained, want[1:], strict=True)}
-    print({name: f"{value:.1e}" for name, value in far.items()})
-    assert max(far.values()) < (8e-2 if fp8 else 1.5e-2)
+    errors = {"y": relative_error(y, expected_y), "x": relative_error(x_bf16.grad, expected[0])}
+    errors |= {
+        name: relative_error(parameters[name].grad, value) for name, value in zip(trained, expected[1:], strict=True)
+    }
+    print({name: f"{value:.1e}" for name, value in errors.items()})
+    assert max(errors.values()) < (8e-2 if fp8 else 1.5e-2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled_layers_take_them():
+def test_compiled_layers_with_fp8_have_the_same_gradients():
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("the card has no 8-bit products")
     model = adapted("gemma3").to("cuda", torch.bfloat16)
     fuse_adapters(model, fp8=True)
     loss, gradients = outcome(model)
-    run_layers(model, recompute=False, compiled=True, warn=pytest.fail)
-    got, ours = outcome(model)
-    assert abs(float(got - loss)) < 0.02 * float(loss)
-    far = {name: away(value, gradients[name]) for name, value in ours.items()}
-    assert max(far.values()) < 0.2, {name: f"{value:.2f}" for name, value in far.items()}
+    configure_layers(model, recompute=False, compiled=True, warn=pytest.fail)
+    compiled_loss, compiled_gradients = outcome(model)
+    assert abs(float(compiled_loss - loss)) < 0.02 * float(loss)
+    errors = {name: relative_error(value, gradients[name]) for name, value in compiled_gradients.items()}
+    assert max(errors.values()) < 0.2, {name: f"{value:.2f}" for name, value in errors.items()}

@@ -16,12 +16,12 @@ from transformers import (
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
 from tasks.engine.models.trainable import trainable_model
-from tasks.engine.speed.compile import run_layers
+from tasks.engine.speed.compile import configure_layers
 from tasks.engine.speed.fused_lora.fused_layers import FusedAttention, FusedMLP, fuse_adapters
-from tasks.engine.speed.fused_lora.group import LoraGroup, refresh
+from tasks.engine.speed.fused_lora.group import LoraGroup, refresh_adapters
 from tasks.engine.speed.fused_lora.linear import lora_linear
-from tasks.engine.speed.fused_lora.nf4_dequantize import read_nf4
-from tasks.engine.speed.packing_support import make_packable
+from tasks.engine.speed.fused_lora.nf4_dequantize import dequantize_nf4
+from tasks.engine.speed.packing_support import enable_packing
 from tests.pico import pico_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have passed exclude_modules", "ignore:`lora_bias=True`")
@@ -81,19 +81,19 @@ def count(model, kind) -> int:
 )
 def test_a_fused_model_has_peft_s_loss_gradients_and_names(name, lora):
     model = adapted(name, **lora)
-    before = outcome(model)
+    expected = outcome(model)
     names = [name for name, _ in model.named_parameters()]
     assert fuse_adapters(model)
     loss, gradients = outcome(model)
     assert [name for name, _ in model.named_parameters()] == names
-    torch.testing.assert_close(loss, before[0], rtol=1e-7, atol=0)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-7, atol=0)
     for parameter, value in gradients.items():
-        torch.testing.assert_close(value, before[1][parameter], rtol=1e-4, atol=1e-7, msg=parameter)  # norms: float32
-    whole = not lora.keys() & {"target_modules", "rank_pattern"}
+        torch.testing.assert_close(value, expected[1][parameter], rtol=1e-4, atol=1e-7, msg=parameter)  # norms: float32
+    all_layers = not lora.keys() & {"target_modules", "rank_pattern"}
     if name == "gemma3n":  # one of its two MLPs drops activations; its attention is not ours
         assert (count(model, FusedMLP), count(model, FusedAttention)) == (1, 0)
     else:
-        assert count(model, FusedAttention) == (2 if whole else 0)
+        assert count(model, FusedAttention) == (2 if all_layers else 0)
     # an optimizer's step is seen by the next forward
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -102,7 +102,7 @@ def test_a_fused_model_has_peft_s_loss_gradients_and_names(name, lora):
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_is_not_plain_lora_stays_peft_s(lora):
+def test_adapters_other_than_plain_lora_stay_pefts(lora):
     assert fuse_adapters(adapted("llama", **lora)) == []
 
 
@@ -116,48 +116,48 @@ def test_gradients_of_the_product_itself_in_float64(rows):
     )
     members = [model.base_model.model[i] for i in range(len(sizes))]
     group = LoraGroup(members)
-    refresh([group])
+    refresh_adapters([group])
     assert group.by_columns != rows
     a, b = group.adapters()
 
     def product(x, *adapters):
         n = len(sizes)
         with torch.no_grad():
-            for own, other in zip([*a, *b], adapters, strict=True):
-                own.copy_(other)
-            refresh([group])
-        extended, low_a, low_b = group.extended.clone(), group.low_a.clone(), group.low_b.clone()
-        return lora_linear(x, extended, [], low_a, low_b, adapters[:n], adapters[n:], sizes, group.scales)[0]
+            for parameter, adapter in zip([*a, *b], adapters, strict=True):
+                parameter.copy_(adapter)
+            refresh_adapters([group])
+        extended, lora_a, lora_b = group.extended.clone(), group.lora_a.clone(), group.lora_b.clone()
+        return lora_linear(x, extended, [], lora_a, lora_b, adapters[:n], adapters[n:], sizes, group.scales)[0]
 
     x = torch.randn(8, inputs, dtype=torch.float64, requires_grad=True)
     adapters = [torch.randn_like(part).requires_grad_() for part in (*a, *b)]
     assert torch.autograd.gradcheck(product, (x, *adapters))
-    refreshed = (group.extended, [], group.low_a, group.low_b, a, b, sizes, group.scales)
+    refreshed = (group.extended, [], group.lora_a, group.lora_b, a, b, sizes, group.scales)
     torch.library.opcheck(lora_linear, (x, *refreshed), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("rank", [3, 4, 8])
-def test_what_is_given_on_begins_its_rows_at_16_bytes(rank):
-    """Attention's kernels read gradients so: torch's cuDNN path died of rows of 68 values."""
+def test_output_and_gradient_rows_are_aligned_to_16_bytes(rank):
+    """Attention's kernels assume it of gradients: torch's cuDNN path crashed on rows of 68 values."""
     model = get_peft_model(MODELS["llama"](), LoraConfig(r=rank, target_modules="all-linear")).bfloat16().train()
     fuse_adapters(model)
     attention, mlp = (getattr(model.base_model.model.model.layers[0], name) for name in ("self_attn", "mlp"))
-    for module, width in ((attention.write, 32), (mlp, 32)):
+    for module, width in ((attention.output, 32), (mlp, 32)):
         x = torch.randn(1, 17, width, dtype=torch.bfloat16, requires_grad=True)
         y = module(x)
         y = y[0] if isinstance(y, tuple) else y
         (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-        for given in (y, grad):
-            assert given.stride(-1) == 1 and given.stride(-2) % 8 == 0, given.stride()
+        for tensor in (y, grad):
+            assert tensor.stride(-1) == 1 and tensor.stride(-2) % 8 == 0, tensor.stride()
 
 
-def test_nf4_weights_are_read_as_bitsandbytes_reads_them():
+def test_nf4_weights_are_dequantized_as_by_bitsandbytes():
     torch.manual_seed(0)
     weight = torch.randn(300, 128)
     values, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     parts = (values, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
     wide = torch.full((300, 140), 7.0)
-    read_nf4(parts, wide[:, :128])
+    dequantize_nf4(parts, wide[:, :128])
     torch.testing.assert_close(wide[:, :128], bnb.dequantize_4bit(values, state), rtol=0, atol=0)
     assert bool((wide[:, 128:] == 7).all())
 
@@ -172,24 +172,24 @@ def test_a_qlora_model_fused_has_peft_s_gradients(tmp_path):
     assert count(model, FusedMLP) == 0
     groups = fuse_adapters(model)
     assert all(group.quantized for group in groups) and count(model, FusedMLP) == count(model, FusedAttention) == 2
-    got, ours = outcome(model)
-    torch.testing.assert_close(got, loss, rtol=1e-5, atol=0)
-    for name, value in ours.items():
+    fused_loss, fused_gradients = outcome(model)
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    for name, value in fused_gradients.items():
         torch.testing.assert_close(value, gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", [(640, 1152), (6912, 1152), (1152, 6912), (300, 96)])
-def test_the_nf4_kernel_reads_what_bitsandbytes_reads(shape):
+def test_the_nf4_kernel_dequantizes_as_bitsandbytes(shape):
     weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     values, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     parts = (values, state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
     wide = torch.full((shape[0], shape[1] + 32), 7.0, device="cuda", dtype=torch.bfloat16)
-    read_nf4(parts, wide[:, : shape[1]])
-    want = bnb.dequantize_4bit(values, state)
-    torch.testing.assert_close(wide[:, : shape[1]], want, rtol=2**-7, atol=0)  # a few are rounded the other way
-    assert float((wide[:, : shape[1]] != want).float().mean()) < 1e-4
+    dequantize_nf4(parts, wide[:, : shape[1]])
+    expected = bnb.dequantize_4bit(values, state)
+    torch.testing.assert_close(wide[:, : shape[1]], expected, rtol=2**-7, atol=0)  # a few are rounded the other way
+    assert float((wide[:, : shape[1]] != expected).float().mean()) < 1e-4
     assert bool((wide[:, shape[1] :] == 7).all())
 
 
@@ -205,10 +205,10 @@ def test_compiled_layers_have_peft_s_gradients(tmp_path, method, recompute):
             torch.nn.init.normal_(parameter, std=0.02)
     with torch.autocast("cuda", torch.bfloat16):
         loss, gradients = outcome(model)
-        assert make_packable(model, torch.bfloat16) is None
+        assert enable_packing(model, torch.bfloat16) is None
         assert fuse_adapters(model)
-        run_layers(model, recompute, compiled=True, warn=pytest.fail)
-        got, ours = outcome(model)
-    torch.testing.assert_close(got, loss, rtol=2e-3, atol=0)
-    for name, value in ours.items():
+        configure_layers(model, recompute, compiled=True, warn=pytest.fail)
+        compiled_loss, compiled_gradients = outcome(model)
+    torch.testing.assert_close(compiled_loss, loss, rtol=2e-3, atol=0)
+    for name, value in compiled_gradients.items():
         assert float((value - gradients[name]).norm() / gradients[name].norm()) < 5e-2, name

@@ -1,5 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""`tasks.engine.speed.fp8.matmul` and the gate of an MLP in 8 bits as Triton kernels; a program has whole rows."""
+"""Quantization to 8-bit floats (tasks.engine.speed.fp8.matmul), also fused with an MLP's activation, in Triton.
+
+A program works on whole rows, whose largest absolute value gives their scale.
+"""
 
 import torch
 import triton
@@ -8,133 +11,139 @@ from torch import Tensor
 
 from tasks.engine.speed.fused_lora.mlp_kernel import _activation
 
-SMALL = torch.float8_e4m3fn
+FP8 = torch.float8_e4m3fn
 
 
-def quantize(x: Tensor, low: Tensor, room: int) -> tuple[Tensor, Tensor]:
-    """As `fused_fp8.quantize`."""
-    (rows, width), rank = x.shape, low.shape[1]
-    out = torch.empty((rows, width + 3 * room), dtype=SMALL, device=x.device)
+def quantize_with_lora(x: Tensor, lora: Tensor, lora_columns: int) -> tuple[Tensor, Tensor]:
+    """See matmul.quantize_with_lora; `lora_columns` is the padded rank R."""
+    (rows, width), rank = x.shape, lora.shape[1]
+    out = torch.empty((rows, width + 3 * lora_columns), dtype=FP8, device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    _quantize[(rows,)](
-        x, low, out, scales, width, rank, room, x.stride(0), low.stride(0), BLOCK=triton.next_power_of_2(width),
-        ROOM=triton.next_power_of_2(room), num_warps=4,
+    _quantize_with_lora[(rows,)](
+        x, lora, out, scales, width, rank, lora_columns, x.stride(0), lora.stride(0),
+        BLOCK=triton.next_power_of_2(width), LORA_BLOCK=triton.next_power_of_2(lora_columns), num_warps=4,
     )  # fmt: skip
     return out, scales
 
 
-def fill(
-    wide: Tensor, wide_scales: Tensor, tall: Tensor, tall_scales: Tensor, low: Tensor, members: int, most: Tensor,
-    inputs: int, room: int,
+def fill_lora(
+    wide: Tensor, wide_scales: Tensor, tall: Tensor, tall_scales: Tensor, lora: Tensor, members: int, largest: Tensor,
+    inputs: int, lora_columns: int,
 ) -> None:  # fmt: skip
-    """As `fused_fp8.fill`."""
-    rows, rank = low.shape
-    _fill[(triton.cdiv(rows, 32),)](
-        wide, wide_scales, tall, tall_scales, low, most, rows, rows // members, rank, inputs, room, wide.stride(0),
-        tall.stride(0), low.stride(0), low.stride(1), ROWS=32, RANK=triton.next_power_of_2(rank),
-        ROOM=triton.next_power_of_2(2 * room), num_warps=4,
+    """See matmul.fill_lora; `lora_columns` is the padded rank R."""
+    rows, rank = lora.shape
+    _fill_lora[(triton.cdiv(rows, 32),)](
+        wide, wide_scales, tall, tall_scales, lora, largest, rows, rows // members, rank, inputs, lora_columns,
+        wide.stride(0), tall.stride(0), lora.stride(0), lora.stride(1), ROWS=32, RANK=triton.next_power_of_2(rank),
+        LORA_BLOCK=triton.next_power_of_2(2 * lora_columns), num_warps=4,
     )  # fmt: skip
 
 
-def gate(gate_up: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """act(gate) * up (M, F) of (M, 2F), quantized, and its scales (M, 1)."""
+def gated_activation(gate_up: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """act(gate) * up (T, F) of gate_up (T, 2F), quantized, and its rows' scales (T, 1)."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((rows, width), dtype=SMALL, device=gate_up.device)
+    out = torch.empty((rows, width), dtype=FP8, device=gate_up.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=gate_up.device)
-    _gate[(rows,)](gate_up, out, scales, width, SILU=silu, BLOCK=triton.next_power_of_2(width), num_warps=8)
+    _gated_activation[(rows,)](gate_up, out, scales, width, SILU=silu, BLOCK=triton.next_power_of_2(width), num_warps=8)
     return out, scales
 
 
-def gate_backward(gate_up: Tensor, dh: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of gate_up (M, 2F) quantized, its scales (M, 1), the gradient itself, and act(gate) * up, which
-    takes the place of `dh`."""
+def gated_activation_backward(gate_up: Tensor, dh: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of gate_up (T, 2F) quantized, its rows' scales (T, 1), the gradient itself, and act(gate) * up.
+
+    The latter is written into `dh`.
+    """
     rows, width = dh.shape
     out = torch.empty_like(gate_up)
-    small = torch.empty(gate_up.shape, dtype=SMALL, device=dh.device)
+    quantized = torch.empty(gate_up.shape, dtype=FP8, device=dh.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=dh.device)
-    _gate_backward[(rows,)](
-        gate_up, dh, out, small, scales, width, SILU=silu, BLOCK=triton.next_power_of_2(width), num_warps=16
+    _gated_activation_backward[(rows,)](
+        gate_up, dh, out, quantized, scales, width, SILU=silu, BLOCK=triton.next_power_of_2(width), num_warps=16
     )
-    return small, scales, out, dh
+    return quantized, scales, out, dh
 
 
 @triton.jit
-def _to_small(x):
+def _to_fp8(x):
     return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
 
 
 @triton.jit
-def _quantize(
-    x, low, out, scales, width, rank, room, stride, low_stride, BLOCK: tl.constexpr, ROOM: tl.constexpr
+def _quantize_with_lora(
+    x, lora, out, scales, width, rank, lora_columns, stride, lora_stride, BLOCK: tl.constexpr, LORA_BLOCK: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    column, r = tl.arange(0, BLOCK), tl.arange(0, ROOM)
+    column, r = tl.arange(0, BLOCK), tl.arange(0, LORA_BLOCK)
     value = tl.load(x + row * stride + column, mask=column < width, other=0.0).to(tl.float32)
-    thin = tl.load(low + row * low_stride + r, mask=r < rank, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.maximum(tl.max(tl.abs(value), 0), tl.max(tl.abs(thin), 0)), 1e-30) / 448
+    lora_value = tl.load(lora + row * lora_stride + r, mask=r < rank, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.maximum(tl.max(tl.abs(value), 0), tl.max(tl.abs(lora_value), 0)), 1e-30) / 448
     tl.store(scales + row, scale)
-    to = out + row * (width + 3 * room)
-    tl.store(to + column, _to_small(value * (1 / scale)), mask=column < width)
-    thin = thin * (1 / scale)
-    high = _to_small(thin)
-    tl.store(to + width + r, high, mask=r < room)
-    tl.store(to + width + room + r, _to_small(thin - high.to(tl.float32)), mask=r < room)
-    tl.store(to + width + 2 * room + r, high, mask=r < room)
+    target = out + row * (width + 3 * lora_columns)
+    tl.store(target + column, _to_fp8(value * (1 / scale)), mask=column < width)
+    lora_value = lora_value * (1 / scale)
+    high = _to_fp8(lora_value)
+    tl.store(target + width + r, high, mask=r < lora_columns)
+    tl.store(target + width + lora_columns + r, _to_fp8(lora_value - high.to(tl.float32)), mask=r < lora_columns)
+    tl.store(target + width + 2 * lora_columns + r, high, mask=r < lora_columns)
 
 
 @triton.jit
-def _fill(
-    wide, wide_scales, tall, tall_scales, low, most, rows, share, rank, inputs, room, wide_stride, tall_stride,
-    row_stride, rank_stride, ROWS: tl.constexpr, RANK: tl.constexpr, ROOM: tl.constexpr,
+def _fill_lora(
+    wide, wide_scales, tall, tall_scales, lora, largest, rows, member_rows, rank, inputs, lora_columns, wide_stride,
+    tall_stride, row_stride, rank_stride, ROWS: tl.constexpr, RANK: tl.constexpr, LORA_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, r = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
-    there = (row < rows)[:, None] & (r < rank)[None, :]
-    value = tl.load(low + row[:, None] * row_stride + r[None, :] * rank_stride, mask=there, other=0.0).to(tl.float32)
-    column = inputs + (row // share * rank)[:, None] + r[None, :]  # a member's own columns
+    mask = (row < rows)[:, None] & (r < rank)[None, :]
+    value = tl.load(lora + row[:, None] * row_stride + r[None, :] * rank_stride, mask=mask, other=0.0).to(tl.float32)
+    column = inputs + (row // member_rows * rank)[:, None] + r[None, :]  # members have separate columns
     scaled = value / tl.load(wide_scales + row, mask=row < rows, other=1.0)[:, None]
-    high = _to_small(scaled)
-    to = wide + row.to(tl.int64)[:, None] * wide_stride + column
-    tl.store(to, high, mask=there)
-    tl.store(to + room, high, mask=there)
-    tl.store(to + 2 * room, _to_small(scaled - high.to(tl.float32)), mask=there)
-    scale = tl.maximum(tl.load(most).to(tl.float32), 1e-30) / 448
+    high = _to_fp8(scaled)
+    target = wide + row.to(tl.int64)[:, None] * wide_stride + column
+    tl.store(target, high, mask=mask)
+    tl.store(target + lora_columns, high, mask=mask)
+    tl.store(target + 2 * lora_columns, _to_fp8(scaled - high.to(tl.float32)), mask=mask)
+    scale = tl.maximum(tl.load(largest).to(tl.float32), 1e-30) / 448
     scaled = value / scale
-    high = _to_small(scaled)
-    to = tall + column.to(tl.int64) * tall_stride + row[:, None]
-    tl.store(to, high, mask=there)
-    tl.store(to + room * tall_stride, _to_small(scaled - high.to(tl.float32)), mask=there)
-    own = tl.arange(0, ROOM)
-    tl.store(tall_scales + inputs + own, scale + 0 * own, mask=(own < 2 * room) & (tl.program_id(0) == 0))
+    high = _to_fp8(scaled)
+    target = tall + column.to(tl.int64) * tall_stride + row[:, None]
+    tl.store(target, high, mask=mask)
+    tl.store(target + lora_columns * tall_stride, _to_fp8(scaled - high.to(tl.float32)), mask=mask)
+    lora_column = tl.arange(0, LORA_BLOCK)
+    tl.store(
+        tall_scales + inputs + lora_column,
+        scale + 0 * lora_column,
+        mask=(lora_column < 2 * lora_columns) & (tl.program_id(0) == 0),
+    )
 
 
 @triton.jit
-def _gate(gate_up, out, scales, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_activation(gate_up, out, scales, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    there = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask=there, other=0.0).to(tl.float32)
+    mask = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0).to(tl.float32)
     act, _ = _activation(gate, SILU)
     value = act * up
     scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-30) / 448
     tl.store(scales + row, scale)
-    tl.store(out + row * width + column, _to_small(value * (1 / scale)), mask=there)
+    tl.store(out + row * width + column, _to_fp8(value * (1 / scale)), mask=mask)
 
 
 @triton.jit
-def _gate_backward(gate_up, dh, out, small, scales, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_activation_backward(gate_up, dh, out, quantized, scales, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    there = column < width
-    first = row * 2 * width + column
-    gate = tl.load(gate_up + first, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + first + width, mask=there, other=0.0).to(tl.float32)
-    grad = tl.load(dh + row * width + column, mask=there, other=0.0).to(tl.float32)
+    mask = column < width
+    offset = row * 2 * width + column
+    gate = tl.load(gate_up + offset, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + offset + width, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(dh + row * width + column, mask=mask, other=0.0).to(tl.float32)
     act, slope = _activation(gate, SILU)
-    tl.store(dh + row * width + column, (act * up).to(dh.dtype.element_ty), mask=there)
+    tl.store(dh + row * width + column, (act * up).to(dh.dtype.element_ty), mask=mask)
     gate, up = grad * up * slope, grad * act
-    tl.store(out + first, gate.to(out.dtype.element_ty), mask=there)
-    tl.store(out + first + width, up.to(out.dtype.element_ty), mask=there)
-    most = tl.maximum(tl.max(tl.abs(gate), 0), tl.max(tl.abs(up), 0))
-    scale = tl.maximum(most, 1e-30) / 448
+    tl.store(out + offset, gate.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offset + width, up.to(out.dtype.element_ty), mask=mask)
+    largest = tl.maximum(tl.max(tl.abs(gate), 0), tl.max(tl.abs(up), 0))
+    scale = tl.maximum(largest, 1e-30) / 448
     tl.store(scales + row, scale)
-    tl.store(small + first, _to_small(gate * (1 / scale)), mask=there)
-    tl.store(small + first + width, _to_small(up * (1 / scale)), mask=there)
+    tl.store(quantized + offset, _to_fp8(gate * (1 / scale)), mask=mask)
+    tl.store(quantized + offset + width, _to_fp8(up * (1 / scale)), mask=mask)

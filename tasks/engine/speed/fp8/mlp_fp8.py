@@ -1,8 +1,10 @@
-"""Fused MLP with LoRA whose frozen weights are multiplied in 8-bit floats (tasks.engine.speed.fp8.matmul).
+"""The fused MLP's products with frozen weights in 8-bit floats (tasks.engine.speed.fp8.matmul).
 
-In 8 bits are what meets a frozen weight and the weight itself, forward and backward; so down's adapter takes the
-quantized middle, and the adapters of gate and up get their input's gradient from the quantized one. Their own
-gradients, the gate and all sums are as ever.
+Frozen weights, and what is multiplied with them forward and backward, are 8 bits; so down's adapter takes the quantized
+h, and the adapters of gate and up get the gradient of their input from the quantized d_gate_up. The LoRA gradients, the
+activation and all sums are as in tasks.engine.speed.fused_lora.mlp_dense, which has the formulas.
+
+Shapes: T tokens, K inputs, N outputs, F ffn, r rank.
 """
 
 import torch
@@ -11,68 +13,77 @@ from torch import Tensor
 
 from tasks.engine.losses.gradient_accumulation import add_product
 from tasks.engine.speed.fp8 import matmul
-from tasks.engine.speed.fused_lora.linear import alone
-from tasks.engine.speed.fused_lora.mlp_dense import Lows, add_sides, gate_backward
+from tasks.engine.speed.fused_lora.linear import as_base_tensor
+from tasks.engine.speed.fused_lora.mlp_dense import LoraMatrices, add_b_gradients, gated_activation_backward
 
 
 def forward(
-    x: Tensor, small: list[Tensor], small_out: list[Tensor], low: Lows, silu: bool, keep: bool
+    x: Tensor, weights: list[Tensor], weights_out: list[Tensor], lora: LoraMatrices, silu: bool, save_gate_up: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `fused_mlp` gives for x (M, K)."""
-    xa = torch.mm(x, low.a.T)
-    gate_up = _middle(x, xa, small)
-    h, scale = _gated(gate_up, silu)
-    y, ha = _apart(matmul.product(h, scale, small_out[2], small_out[3], x.dtype), *low.b_out.shape)
-    return alone(y.addmm_(ha, low.b_out.T)), xa, ha, gate_up if keep else x.new_empty((0, len(low.b)))
+    """y (T, N), xa (T, 2r), ha (T, r) and gate_up (T, 2F), empty unless saved, of x (T, K)."""
+    xa = torch.mm(x, lora.a.T)
+    gate_up = _gate_up(x, xa, weights)
+    h, scale = _quantized_activation(gate_up, silu)
+    y, ha = _split_tall_product(
+        matmul.scaled_matmul(h, scale, weights_out[2], weights_out[3], x.dtype), *lora.b_out.shape
+    )
+    return (
+        as_base_tensor(y.addmm_(ha, lora.b_out.T)),
+        xa,
+        ha,
+        gate_up if save_gate_up else x.new_empty((0, len(lora.b))),
+    )
 
 
 def backward(
-    grad: Tensor, kept: list[Tensor], small: list[Tensor], small_out: list[Tensor], low: Lows, sums: Lows,
-    scales: list[float], silu: bool,
+    dy: Tensor, saved: list[Tensor], weights: list[Tensor], weights_out: list[Tensor], lora: LoraMatrices,
+    grads: LoraMatrices, scales: list[float], silu: bool,
 ) -> Tensor:  # fmt: skip
-    """The gradient of x; those of the low ranks are added to `sums`."""
-    x, xa, ha, middle = kept
-    dha = torch.mm(grad, low.b_out)
-    add_product(sums.b_out, grad.T, ha, scales[2])
-    given, scale = matmul.quantize(grad, dha)
-    dh = matmul.product(given, scale, small_out[0], small_out[1], x.dtype)
-    gate_up = middle if len(middle) else _middle(x, xa, small)
-    given, scale, dgate_up, h = _gated_backward(gate_up, dh, silu)
-    add_product(sums.a_out, dha.T, h)
-    add_sides(sums.b, dgate_up, xa, scales)
-    dx, dxa = _apart(matmul.product(given, scale, small[2], small[3], x.dtype), x.shape[1], len(low.a))
-    add_product(sums.a, dxa.T, x)
-    return alone(dx.addmm_(dxa, low.a))
+    """Gradient of x (T, K) from dy (T, N); the LoRA gradients are added to `grads`."""
+    x, xa, ha, gate_up_buffer = saved
+    dha = torch.mm(dy, lora.b_out)
+    add_product(grads.b_out, dy.T, ha, scales[2])
+    quantized, scale = matmul.quantize_with_lora(dy, dha)
+    dh = matmul.scaled_matmul(quantized, scale, weights_out[0], weights_out[1], x.dtype)
+    gate_up = gate_up_buffer if len(gate_up_buffer) else _gate_up(x, xa, weights)
+    quantized, scale, d_gate_up, h = _quantized_activation_backward(gate_up, dh, silu)
+    add_product(grads.a_out, dha.T, h)
+    add_b_gradients(grads.b, d_gate_up, xa, scales)
+    dx, dxa = _split_tall_product(
+        matmul.scaled_matmul(quantized, scale, weights[2], weights[3], x.dtype), x.shape[1], len(lora.a)
+    )
+    add_product(grads.a, dxa.T, x)
+    return as_base_tensor(dx.addmm_(dxa, lora.a))
 
 
-def _middle(x: Tensor, xa: Tensor, small: list[Tensor]) -> Tensor:
-    """gate and up (M, 2F)."""
-    given, scale = matmul.quantize(x, xa)
-    return matmul.product(given, scale, small[0], small[1], x.dtype)
+def _gate_up(x: Tensor, xa: Tensor, weights: list[Tensor]) -> Tensor:
+    """[gate | up] (T, 2F)."""
+    quantized, scale = matmul.quantize_with_lora(x, xa)
+    return matmul.scaled_matmul(quantized, scale, weights[0], weights[1], x.dtype)
 
 
-def _apart(both: Tensor, columns: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A product with `tall`: its part of the weight, and the low rank's two halves added up."""
-    room = matmul.padded(rank)
-    high, rest = both[:, columns : columns + rank], both[:, columns + room : columns + room + rank]
-    return both[:, :columns], high + rest
+def _split_tall_product(product: Tensor, columns: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The two parts g W and g L = g hi L + g lo L of a product with `tall`."""
+    lora_columns = matmul.padded_rank(rank)
+    high, low = product[:, columns : columns + rank], product[:, columns + lora_columns : columns + lora_columns + rank]
+    return product[:, :columns], high + low
 
 
-def _gated(gate_up: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
-    """act(gate) * up (M, F) quantized, and its scales (M, 1)."""
+def _quantized_activation(gate_up: Tensor, silu: bool) -> tuple[Tensor, Tensor]:
+    """h = act(gate) * up (T, F) quantized, and its rows' scales (T, 1)."""
     if gate_up.is_cuda:
-        from tasks.engine.speed.fp8.fp8_kernel import gate  # noqa: PLC0415  # Triton is where CUDA is
+        from tasks.engine.speed.fp8.fp8_kernel import gated_activation  # noqa: PLC0415  # Triton is where CUDA is
 
-        return gate(gate_up, silu)
-    left, up = gate_up.chunk(2, 1)
-    return matmul.quantize_rows((F.silu(left) if silu else F.gelu(left, approximate="tanh")) * up)
+        return gated_activation(gate_up, silu)
+    gate, up = gate_up.chunk(2, 1)
+    return matmul.quantize_rows((F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up)
 
 
-def _gated_backward(gate_up: Tensor, dh: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of gate_up quantized, its scales, the gradient itself, and act(gate) * up; `dh` is lost."""
+def _quantized_activation_backward(gate_up: Tensor, dh: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of gate_up quantized, its scales, the gradient itself, and h; `dh` is overwritten."""
     if gate_up.is_cuda:
-        from tasks.engine.speed.fp8.fp8_kernel import gate_backward as kernel  # noqa: PLC0415
+        from tasks.engine.speed.fp8.fp8_kernel import gated_activation_backward as kernel  # noqa: PLC0415
 
         return kernel(gate_up, dh, silu)
-    dgate_up, h = gate_backward(gate_up, dh, silu, in_place=False)
-    return *matmul.quantize_rows(dgate_up), dgate_up, h
+    d_gate_up, h = gated_activation_backward(gate_up, dh, silu, in_place=False)
+    return *matmul.quantize_rows(d_gate_up), d_gate_up, h

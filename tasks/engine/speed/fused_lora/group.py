@@ -1,4 +1,4 @@
-"""Linear layers that share one input, grouped: frozen weights and the adapters' low-precision copies."""
+"""Groups of LoRA layers with one input: their frozen weights stacked, their adapters copied to the base's dtype."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -7,9 +7,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from tasks.engine.distributed.fsdp import own_rows
+from tasks.engine.distributed.fsdp import local_rows
 from tasks.engine.speed.fp8 import matmul
-from tasks.engine.speed.fp8.matmul import fill, quantize_weight
+from tasks.engine.speed.fp8.matmul import fill_lora, quantize_weight
 from tasks.engine.speed.fused_lora.linear import empty_extended, fill_adapters, lora_linear
 from tasks.engine.speed.fused_lora.nf4_dequantize import PARTS, nf4_parts
 
@@ -17,20 +17,20 @@ ADAPTER = "default"
 
 
 class LoraGroup(nn.Module):
-    """Members' outputs (..., N_i) from their common input (..., K). Holds buffers only: members keep their place.
+    """Computes members' outputs (..., N_i) from their common input (..., K); members stay peft's modules.
 
-    With `fp8` the weights are kept in 8 bits, for tasks.engine.speed.fp8.mlp_fp8 to multiply; with `split` the extended
-    weight is a frozen parameter, for fsdp2 to split by rows. Peft's modules then have none left: NaN in their place.
+    With `fp8` the frozen weights are in 8 bits, for tasks.engine.speed.fp8.mlp_fp8; with `sharded` they are a parameter
+    that FSDP2 shards by rows. Peft's base layers then hold NaN instead of a weight.
     """
 
     extended: Tensor
-    low_a: Tensor
-    low_b: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
     bias: Tensor | None
 
-    def __init__(self, members: Sequence[LoraLayer], fp8: bool = False, split: bool = False) -> None:
+    def __init__(self, members: Sequence[LoraLayer], fp8: bool = False, sharded: bool = False) -> None:
         super().__init__()
-        self.members = tuple(members)  # no children: their parameters have one name, peft's
+        self.members = tuple(members)  # a tuple, not children: their parameters are registered under peft's names alone
         bases = [cast(nn.Linear, member.get_base_layer()) for member in members]
         self.sizes = [base.out_features for base in bases]
         self.scales = [float(member.scaling[ADAPTER]) for member in members]
@@ -40,7 +40,7 @@ class LoraGroup(nn.Module):
         self.quantized, self.fp8 = quantized[0] is not None, fp8
         if fp8:
             dtype, device = bases[0].weight.dtype, bases[0].weight.device
-            self._to_fp8(bases, rank * len(bases))
+            self._quantize_to_fp8(bases, rank * len(bases))
             extended = torch.empty(0, dtype=dtype, device=device)
         elif self.quantized:
             for i, part in enumerate(part for parts in quantized for part in parts or ()):
@@ -52,59 +52,60 @@ class LoraGroup(nn.Module):
             extended = empty_extended(outputs, inputs, rank, len(bases), self.by_columns, dtype, device)
             start = 0
             for base in bases:
-                place = extended[start : start + base.out_features, :inputs]
-                place.copy_(base.weight.data)
-                base.weight.data = place
+                weight = extended[start : start + base.out_features, :inputs]
+                weight.copy_(base.weight.data)
+                base.weight.data = weight
                 start += base.out_features
-        if split:
+        if sharded:
             self.extended = nn.Parameter(extended, requires_grad=False)
-            _forget(bases)
+            _release_weights(bases)
         else:
             self.register_buffer("extended", extended, persistent=False)
         shape = (rank * len(bases), inputs)
-        self.register_buffer("low_a", torch.empty(shape, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("low_b", torch.empty((outputs, rank), dtype=dtype, device=device), persistent=False)
+        self.register_buffer("lora_a", torch.empty(shape, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("lora_b", torch.empty((outputs, rank), dtype=dtype, device=device), persistent=False)
         biases = [base.bias for base in bases]
-        stacked = None
+        stacked_bias = None
         if any(bias is not None for bias in biases):
             zeros = [torch.zeros(size, dtype=dtype, device=device) for size in self.sizes]
-            stacked = torch.cat([z if bias is None else bias.data for bias, z in zip(biases, zeros, strict=True)])
-        self.register_buffer("bias", stacked, persistent=False)
+            stacked_bias = torch.cat([z if bias is None else bias.data for bias, z in zip(biases, zeros, strict=True)])
+        self.register_buffer("bias", stacked_bias, persistent=False)
 
-    def _to_fp8(self, bases: list[nn.Linear], rank: int) -> None:
-        """Quantizes the stacked weights once and lets go of the dense ones."""
+    def _quantize_to_fp8(self, bases: list[nn.Linear], rank: int) -> None:
+        """Quantizes the stacked weights and frees the dense ones."""
         weight = torch.cat([base.weight.data for base in bases])
         for i, part in enumerate(quantize_weight(weight if self.by_columns else weight.t(), rank)):
-            self.register_buffer(f"small_{i}", part, persistent=False)
-        _forget(bases)
+            self.register_buffer(f"fp8_{i}", part, persistent=False)
+        _release_weights(bases)
 
     def weights(self) -> list[Tensor]:
-        """What an MLP as one operation multiplies: the extended weight and its NF4 parts, or the parts in 8 bits."""
-        return self.in_8_bits() if self.fp8 else [self.extended, *self.quantized_parts()]
+        """Weights for tasks.engine.speed.fused_lora.mlp: the extended weight and NF4 parts, or the parts in 8 bits."""
+        return self.fp8_weights() if self.fp8 else [self.extended, *self.quantized_parts()]
 
-    def in_8_bits(self) -> list[Tensor]:
-        """wide and tall of tasks.engine.speed.fp8.matmul with their scales: of the weight, or its transpose where
-        the low
-        rank is A's."""
-        return [getattr(self, f"small_{i}") for i in range(matmul.PARTS)]
+    def fp8_weights(self) -> list[Tensor]:
+        """`wide` and `tall` of tasks.engine.speed.fp8.matmul with their scales.
+
+        Of the weight W with the LoRA matrix sB, or of its transpose with A', by `by_columns`.
+        """
+        return [getattr(self, f"fp8_{i}") for i in range(matmul.PARTS)]
 
     def adapters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Members' A (r, K) and B (N_i, r)."""
+        """Peft's parameters A (r, K) and B (N_i, r) of each member."""
         return (
             [cast(Any, member).lora_A[ADAPTER].weight for member in self.members],
             [cast(Any, member).lora_B[ADAPTER].weight for member in self.members],
         )
 
     def quantized_parts(self) -> list[Tensor]:
-        """Members' NF4 tensors, one behind the other; none for a dense base."""
+        """NF4 tensors of all members in order (tasks.engine.speed.fused_lora.nf4_dequantize); none for a dense base."""
         return [getattr(self, f"quantized_{i}") for i in range(PARTS * len(self.sizes))] if self.quantized else []
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """One output a member, in the base's dtype."""
+        """x (..., K) -> one output (..., N_i) per member, in the base's dtype."""
         a, b = self.adapters()
         parts = self.quantized_parts()
-        flat = x.flatten(0, -2).to(self.low_a.dtype)
-        y, _ = lora_linear(flat, self.extended, parts, self.low_a, self.low_b, a, b, self.sizes, self.scales)
+        flat = x.flatten(0, -2).to(self.lora_a.dtype)
+        y, _ = lora_linear(flat, self.extended, parts, self.lora_a, self.lora_b, a, b, self.sizes, self.scales)
         if self.bias is not None:
             y = y + self.bias
         y = y.unflatten(0, x.shape[:-1])
@@ -112,8 +113,8 @@ class LoraGroup(nn.Module):
 
 
 @torch.no_grad()
-def refresh(groups: Iterable[LoraGroup]) -> None:
-    """Takes peft's adapters into the groups' own dtype: before a forward, whenever an optimizer may have moved them."""
+def refresh_adapters(groups: Iterable[LoraGroup]) -> None:
+    """Copies peft's adapters into the groups' dtype, before each forward: an optimizer may have changed them."""
     groups = list(groups)
     if not groups:
         return
@@ -122,23 +123,25 @@ def refresh(groups: Iterable[LoraGroup]) -> None:
     for group in groups:
         a, b = group.adapters()
         targets += [
-            *group.low_a.split_with_sizes([len(part) for part in a]),
-            *group.low_b.split_with_sizes(group.sizes),
+            *group.lora_a.split_with_sizes([len(part) for part in a]),
+            *group.lora_b.split_with_sizes(group.sizes),
         ]
         sources += [*a, *torch._foreach_mul(list(b), group.scales)]
     torch._foreach_copy_(targets, sources)
-    small = [group for group in groups if group.fp8]
-    lows = [group.low_b if group.by_columns else group.low_a.t() for group in small]
-    for group, low, most in zip(small, lows, torch._foreach_norm(lows, torch.inf) if lows else [], strict=True):
-        fill(group.in_8_bits(), low, len(group.members) if group.by_columns else 1, most)
+    fp8_groups = [group for group in groups if group.fp8]
+    matrices = [group.lora_b if group.by_columns else group.lora_a.t() for group in fp8_groups]
+    for group, matrix, largest in zip(
+        fp8_groups, matrices, torch._foreach_norm(matrices, torch.inf) if matrices else [], strict=True
+    ):
+        fill_lora(group.fp8_weights(), matrix, len(group.members) if group.by_columns else 1, largest)
     for group in groups:
         if not (group.quantized or group.fp8):
-            own, start = own_rows(group.extended)
-            fill_adapters(own, group.low_a, group.low_b, group.sizes, group.by_columns, start)
+            rows, first_row = local_rows(group.extended)
+            fill_adapters(rows, group.lora_a, group.lora_b, group.sizes, group.by_columns, first_row)
 
 
-def _forget(bases: Sequence[nn.Linear]) -> None:
-    """Leaves NaN in a weight's place, which takes no memory: whoever multiplied it would see."""
-    nothing = bases[0].weight.new_full((), torch.nan)
+def _release_weights(bases: Sequence[nn.Linear]) -> None:
+    """Frees base weights, leaving NaN of their shape without memory, so that a product with one would show."""
+    nan = bases[0].weight.new_full((), torch.nan)
     for base in bases:
-        base.weight.data = nothing.expand(base.weight.shape)
+        base.weight.data = nan.expand(base.weight.shape)

@@ -1,6 +1,12 @@
-"""The products of tasks.engine.speed.fused_lora.mlp on dense or NF4 weights, some thousand tokens at a time.
+"""The fused MLP's products on dense or NF4 weights, a chunk of tokens at a time (tasks.engine.speed.fused_lora.mlp).
 
-The wide middle lives for `CHUNK` tokens only unless it is kept, and one kernel turns it into its gradient in place.
+Unless it is saved, gate_up exists for `CHUNK` tokens only; one kernel replaces it by its gradient in place. With
+s the LoRA scale and act the activation:
+
+    dha = dy sB_out              dh = dy W_down + dha A_out         [d_gate | d_up] = [dh up act'(gate) | dh act(gate)]
+    dxa = d_gate_up sB           dx = d_gate_up W + dxa A           dA = dxa' x     dB = s d_gate_up' xa    (down alike)
+
+Shapes: T tokens, K inputs, N outputs, F ffn, r rank.
 """
 
 from typing import NamedTuple
@@ -10,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tasks.engine.losses.gradient_accumulation import add_product
-from tasks.engine.speed.fused_lora.linear import alone, extended_weight, room
+from tasks.engine.speed.fused_lora.linear import as_base_tensor, empty_aligned, extended_weight
 
 CHUNK = 4096
 
 
-class Lows(NamedTuple):
-    """Low ranks as tasks.engine.speed.fused_lora.linear stacks them, or sums of their gradients: gate's and up's,
-    and down's."""
+class LoraMatrices(NamedTuple):
+    """LoRA matrices A and sB of gate and up (stacked as in tasks.engine.speed.fused_lora.linear) and of down (`_out`).
+
+    Also their gradients.
+    """
 
     a: Tensor
     b: Tensor
@@ -26,54 +34,58 @@ class Lows(NamedTuple):
 
 
 def forward(
-    x: Tensor, weights: list[Tensor], weights_out: list[Tensor], low: Lows, silu: bool, keep: bool
+    x: Tensor, weights: list[Tensor], weights_out: list[Tensor], lora: LoraMatrices, silu: bool, save_gate_up: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `fused_mlp` gives for x (M, K)."""
-    weight, weight_out = _extended(weights, weights_out, low)
-    (outputs, rank), xa = low.b_out.shape, torch.mm(x, low.a.T)
-    both, middle = room(x, outputs + rank), x.new_empty((len(x) if keep else 0, len(low.b)))
+    """y (T, N), xa (T, 2r), ha (T, r) and gate_up (T, 2F), empty unless saved, of x (T, K)."""
+    weight, weight_out = _extended(weights, weights_out, lora)
+    (outputs, rank), xa = lora.b_out.shape, torch.mm(x, lora.a.T)
+    y_ha, gate_up_buffer = empty_aligned(x, outputs + rank), x.new_empty((len(x) if save_gate_up else 0, len(lora.b)))
     for rows in _chunks(len(x)):
-        gate_up = torch.mm(torch.cat([x[rows], xa[rows]], 1), weight.T, out=middle[rows] if keep else None)
-        torch.mm(_gated(gate_up, silu), weight_out.T, out=both[rows])
+        gate_up = torch.mm(
+            torch.cat([x[rows], xa[rows]], 1), weight.T, out=gate_up_buffer[rows] if save_gate_up else None
+        )
+        torch.mm(_gated_activation(gate_up, silu), weight_out.T, out=y_ha[rows])
         del gate_up
-    ha = both[:, outputs:].contiguous()
-    return alone(both[:, :outputs].addmm_(ha, low.b_out.T)), xa, ha, middle
+    ha = y_ha[:, outputs:].contiguous()
+    return as_base_tensor(y_ha[:, :outputs].addmm_(ha, lora.b_out.T)), xa, ha, gate_up_buffer
 
 
 def backward(
-    grad: Tensor, kept: list[Tensor], weights: list[Tensor], weights_out: list[Tensor], low: Lows, sums: Lows,
-    scales: list[float], silu: bool,
+    dy: Tensor, saved: list[Tensor], weights: list[Tensor], weights_out: list[Tensor], lora: LoraMatrices,
+    grads: LoraMatrices, scales: list[float], silu: bool,
 ) -> Tensor:  # fmt: skip
-    """The gradient of x; those of the low ranks are added to `sums`."""
-    x, xa, ha, middle = kept
-    weight, weight_out = _extended(weights, weights_out, low)
-    inputs, dha = x.shape[1], torch.mm(grad, low.b_out)
-    add_product(sums.b_out, grad.T, ha, scales[2])
-    both, grad = room(x, inputs + len(low.a)), torch.cat([grad, dha], 1)
+    """Gradient of x (T, K) from dy (T, N); the LoRA gradients are added to `grads`."""
+    x, xa, ha, gate_up_buffer = saved
+    weight, weight_out = _extended(weights, weights_out, lora)
+    inputs, dha = x.shape[1], torch.mm(dy, lora.b_out)
+    add_product(grads.b_out, dy.T, ha, scales[2])
+    dx_dxa, dy = empty_aligned(x, inputs + len(lora.a)), torch.cat([dy, dha], 1)
     for rows in _chunks(len(x)):
-        gate_up = middle[rows] if len(middle) else torch.mm(torch.cat([x[rows], xa[rows]], 1), weight.T)
-        dgate_up, h = gate_backward(gate_up, torch.mm(grad[rows], weight_out), silu, in_place=not len(middle))
-        add_product(sums.a_out, dha[rows].T, h)
-        torch.mm(dgate_up, weight, out=both[rows])
-        add_sides(sums.b, dgate_up, xa[rows], scales)
-        del gate_up, dgate_up, h  # or the next rows' would be made beside them
-    dx, dxa = both[:, :inputs], both[:, inputs:]
-    dx.addmm_(dxa, low.a)
-    add_product(sums.a, dxa.T, x)
-    return alone(dx)
+        gate_up = gate_up_buffer[rows] if len(gate_up_buffer) else torch.mm(torch.cat([x[rows], xa[rows]], 1), weight.T)
+        d_gate_up, h = gated_activation_backward(
+            gate_up, torch.mm(dy[rows], weight_out), silu, in_place=not len(gate_up_buffer)
+        )
+        add_product(grads.a_out, dha[rows].T, h)
+        torch.mm(d_gate_up, weight, out=dx_dxa[rows])
+        add_b_gradients(grads.b, d_gate_up, xa[rows], scales)
+        del gate_up, d_gate_up, h  # freed before the next chunk's are allocated
+    dx, dxa = dx_dxa[:, :inputs], dx_dxa[:, inputs:]
+    dx.addmm_(dxa, lora.a)
+    add_product(grads.a, dxa.T, x)
+    return as_base_tensor(dx)
 
 
-def add_sides(total: Tensor, dgate_up: Tensor, xa: Tensor, scales: list[float]) -> None:
-    """Adds the gradients of gate's and of up's B (2F, r), each from its own half of both."""
-    halves = zip(total.chunk(2), dgate_up.chunk(2, 1), xa.chunk(2, 1), scales, strict=False)
-    for half, side, low, scale in halves:
-        add_product(half, side.T, low, scale)
+def add_b_gradients(b_grad: Tensor, d_gate_up: Tensor, xa: Tensor, scales: list[float]) -> None:
+    """Adds the gradients of gate's and up's B (2F, r), each from its half of d_gate_up (T, 2F) and xa (T, 2r)."""
+    halves = zip(b_grad.chunk(2), d_gate_up.chunk(2, 1), xa.chunk(2, 1), scales, strict=False)
+    for half_grad, d_half, half_xa, scale in halves:
+        add_product(half_grad, d_half.T, half_xa, scale)
 
 
-def _extended(weights: list[Tensor], weights_out: list[Tensor], low: Lows) -> tuple[Tensor, Tensor]:
-    width, outputs = low.a_out.shape[1], len(low.b_out)
-    weight = extended_weight(weights[0], weights[1:], low.a, low.b, [width, width])
-    return weight, extended_weight(weights_out[0], weights_out[1:], low.a_out, low.b_out, [outputs])
+def _extended(weights: list[Tensor], weights_out: list[Tensor], lora: LoraMatrices) -> tuple[Tensor, Tensor]:
+    ffn, outputs = lora.a_out.shape[1], len(lora.b_out)
+    weight = extended_weight(weights[0], weights[1:], lora.a, lora.b, [ffn, ffn])
+    return weight, extended_weight(weights_out[0], weights_out[1:], lora.a_out, lora.b_out, [outputs])
 
 
 def _chunks(tokens: int) -> list[slice]:
@@ -82,8 +94,8 @@ def _chunks(tokens: int) -> list[slice]:
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _gated(gate_up: Tensor, silu: bool) -> Tensor:
-    """act(gate) * up (M, F) of (M, 2F)."""
+def _gated_activation(gate_up: Tensor, silu: bool) -> Tensor:
+    """h = act(gate) * up (T, F) of gate_up (T, 2F)."""
     if gate_up.is_cuda:
         from tasks.engine.speed.fused_lora.mlp_kernel import forward  # noqa: PLC0415  # Triton is where CUDA is
 
@@ -92,17 +104,17 @@ def _gated(gate_up: Tensor, silu: bool) -> Tensor:
     return (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up
 
 
-def gate_backward(gate_up: Tensor, dh: Tensor, silu: bool, in_place: bool) -> tuple[Tensor, Tensor]:
-    """(gradient of gate_up, h), in the places of `gate_up` and `dh` with `in_place`; `dh` is lost either way."""
+def gated_activation_backward(gate_up: Tensor, dh: Tensor, silu: bool, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of gate_up, and h; `in_place` writes the former into `gate_up`. `dh` is overwritten either way."""
     if gate_up.is_cuda:
         from tasks.engine.speed.fused_lora.mlp_kernel import backward  # noqa: PLC0415
 
         return backward(gate_up, dh, silu, in_place)
     gate, up = gate_up.chunk(2, 1)
     act = F.silu(gate) if silu else F.gelu(gate, approximate="tanh")
-    slope = dh * up
+    d_gate = dh * up
     if silu:
-        slope = torch.ops.aten.silu_backward(slope, gate)
+        d_gate = torch.ops.aten.silu_backward(d_gate, gate)
     else:
-        slope = torch.ops.aten.gelu_backward(slope, gate, approximate="tanh")
-    return torch.cat([slope, dh * act], 1), act * up
+        d_gate = torch.ops.aten.gelu_backward(d_gate, gate, approximate="tanh")
+    return torch.cat([d_gate, dh * act], 1), act * up

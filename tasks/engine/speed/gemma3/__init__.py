@@ -1,5 +1,5 @@
-"""The layers of Gemma 3 written out for full training on a GPU: tasks.engine.speed.gemma3.decoder."""
+"""Gemma 3's decoder layers with hand-written gradients and kernels, for full training on one GPU."""
 
-from tasks.engine.speed.gemma3.decoder import Stack
+from tasks.engine.speed.gemma3.decoder import Gemma3Decoder
 
-__all__ = ["Stack"]
+__all__ = ["Gemma3Decoder"]

@@ -1,13 +1,15 @@
-"""What attention has to know of a layer, and of the rows that lie one behind the other."""
+"""Shapes and settings of a layer's attention, and the layout of packed rows."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class Attention(NamedTuple):
-    """A layer's attention: numbers of heads, head dimension, the scores' scale, the norms' epsilon; `window` is how
-    many tokens a token sees, itself among them (0: all), `local` chooses the table of angles."""
+class AttentionShape(NamedTuple):
+    """A layer's attention: head counts, head dimension, scale of the scores, epsilon of the query and key norms.
+
+    `window` is how many tokens a token attends to, itself included (0: all); `is_local` chooses the rotary table.
+    """
 
     heads: int
     kv_heads: int
@@ -15,14 +17,16 @@ class Attention(NamedTuple):
     scale: float
     eps: float
     window: int
-    local: bool
+    is_local: bool
 
 
-class Rows(NamedTuple):
-    """Packed rows: `positions` (T,), `cu_seqlens` (rows + 1,) int32, the longest row's tokens, and by `Attention.local`
-    the cosines and sines of positions, each (longest, D / 2)."""
+class PackedRows(NamedTuple):
+    """Layout of packed rows: `positions` (T,) in their rows, `cu_seqlens` (rows + 1,) int32, tokens of the longest row.
+
+    `rope_tables` are the cosines and sines of positions by `AttentionShape.is_local`, each (longest, D / 2).
+    """
 
     positions: Tensor
     cu_seqlens: Tensor
     longest: int
-    tables: dict[bool, tuple[Tensor, Tensor]]
+    rope_tables: dict[bool, tuple[Tensor, Tensor]]

@@ -1,8 +1,17 @@
-"""Forward and backward of all layers as one operation of autograd.
+"""Forward and backward of all decoder layers as one autograd function, with recomputation of what is cheap.
 
-Shapes: T tokens, H hidden, N positions. A layer keeps its inputs to norms and products where they are dear to make
-again; norms, the gate's product and every other sum of the residual stream are made again. A weight's gradient is
-summed in float32 by its product itself. Of the last layer only the labelled positions go through the MLP.
+A layer computes, with norm(x; w) = x / sqrt(mean(x^2) + eps) * (1 + w):
+
+    [q | k | v] = norm(x; pre_attention) W_qkv'          attended = attention(rope(norm(q)), rope(norm(k)), v) W_out'
+    mid  = x + norm(attended; post_attention)            [gate | up] = norm(mid; pre_mlp) W_gate_up'
+    down = (gelu(gate) * up) W_down'                     x_next = mid + norm(down; post_mlp)
+
+A product y = n W' has the gradients d_n = d_y W and d_W += d_y' n, the latter summed in float32 by the product itself
+(tasks.engine.losses.gradient_accumulation). Saved are qkv, attention's output and log-sum-exps, attended, mid, gate_up
+and down; the backward recomputes norms, q and k, gelu(gate) * up and x_next. The last layer's output projection and MLP
+see the labelled positions alone.
+
+Shapes: T tokens, N labelled positions, H hidden, A heads, G key/value heads, D head dimension.
 """
 
 from typing import Any, cast
@@ -11,94 +20,106 @@ import torch
 from torch import Tensor
 
 from tasks.engine.losses.gradient_accumulation import add_product
-from tasks.engine.speed.gemma3.attention_shapes import Attention, Rows
-from tasks.engine.speed.gemma3.layer_weights import Decoder
+from tasks.engine.speed.gemma3.attention_shapes import AttentionShape, PackedRows
+from tasks.engine.speed.gemma3.layer_weights import DecoderWeights
 from tasks.engine.speed.gemma3.norm_gradients import NormGradients
 
 
-def decode(x: Tensor, decoder: Decoder, rows: Rows, positions: Tensor, fresh: bool) -> Tensor:
-    """Final hidden states (N, H) at `positions` (N,) of embedded tokens (T, H). Backward adds the weights' gradients
-    to the layers' own, or with `fresh` puts them there."""
-    return cast(Tensor, cast(Any, _Layers).apply(x, decoder, rows, positions, fresh))
+def decode(x: Tensor, decoder: DecoderWeights, rows: PackedRows, positions: Tensor, overwrite: bool) -> Tensor:
+    """Final hidden states (N, H) at `positions` (N,) of embedded tokens (T, H).
+
+    The backward adds to the gradients in `decoder`, or with `overwrite` replaces them.
+    """
+    return cast(Tensor, cast(Any, _DecoderFunction).apply(x, decoder, rows, positions, overwrite))
 
 
-class _Layers(torch.autograd.Function):
+class _DecoderFunction(torch.autograd.Function):
+    """See `decode`; the weights' gradients go past autograd into their buffers."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, decoder: Decoder, rows: Rows, positions: Tensor, fresh: bool) -> Tensor:
-        ops, eps, kept, start = decoder.ops, decoder.eps, list[Tensor](), x
-        normed = ops.norm(x, decoder.layers[0].norms["first"], eps)
+    def forward(
+        ctx: Any, x: Tensor, decoder: DecoderWeights, rows: PackedRows, positions: Tensor, overwrite: bool
+    ) -> Tensor:
+        ops, eps, saved, embedded = decoder.ops, decoder.eps, list[Tensor](), x
+        normed = ops.norm(x, decoder.layers[0].norms["pre_attention"], eps)
         for number, layer in enumerate(decoder.layers):
             last = number + 1 == len(decoder.layers)
             qkv = normed @ layer.qkv.T
-            q, k = ops.rotate(qkv, layer.norms["q"], layer.norms["k"], rows, layer.kind)
-            out, known = ops.attend(q, k, _values(qkv, layer.kind), rows, layer.kind)
-            kept += [qkv, out, known]
+            q, k = ops.norm_rotate(qkv, layer.norms["q"], layer.norms["k"], rows, layer.attention)
+            out, lse = ops.attend(q, k, _values(qkv, layer.attention), rows, layer.attention)
+            saved += [qkv, out, lse]
             del q, k
-            if last:  # what no label sees ends here
+            if last:  # only labelled positions are read from here on
                 x, out = x.index_select(0, positions), out.index_select(0, positions)
             attended = out @ layer.out.T
-            x, normed = ops.add_norm(x, attended, layer.norms["after"], layer.norms["second"], eps)
+            x, normed = ops.add_norm(x, attended, layer.norms["post_attention"], layer.norms["pre_mlp"], eps)
             gate_up = normed @ layer.gate_up.T
-            down = ops.gated(gate_up) @ layer.down.T
-            kept += [attended, x, gate_up, down]
-            following = decoder.norm if last else decoder.layers[number + 1].norms["first"]
-            x, normed = ops.add_norm(x, down, layer.norms["last"], following, eps)
-        ctx.save_for_backward(start, *kept, positions)
-        ctx.decoder, ctx.rows, ctx.fresh = decoder, rows, fresh
+            down = ops.gated_gelu(gate_up) @ layer.down.T
+            saved += [attended, x, gate_up, down]
+            next_norm = decoder.norm if last else decoder.layers[number + 1].norms["pre_attention"]
+            x, normed = ops.add_norm(x, down, layer.norms["post_mlp"], next_norm, eps)
+        ctx.save_for_backward(embedded, *saved, positions)
+        ctx.decoder, ctx.rows, ctx.overwrite = decoder, rows, overwrite
         return cast(Tensor, normed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        decoder, rows, fresh = ctx.decoder, ctx.rows, ctx.fresh
-        ops, eps, kept = decoder.ops, decoder.eps, list(ctx.saved_tensors)
-        positions = kept.pop()
-        dx, dn, weight, into = None, grads[0].contiguous(), decoder.norm, decoder.norm_grad
-        sums = NormGradients(decoder, dn)
-        waiting: tuple[Tensor, Tensor] | None = None  # a product whose input is made again by the next kernel
+        decoder, rows, overwrite = ctx.decoder, ctx.rows, ctx.overwrite
+        ops, eps, saved = decoder.ops, decoder.eps, list(ctx.saved_tensors)
+        positions = saved.pop()
+        d_x, d_normed, next_norm, next_grad = None, grads[0].contiguous(), decoder.norm, decoder.norm_grad
+        norm_grads = NormGradients(decoder, d_normed)
+        pending: tuple[Tensor, Tensor] | None = None  # qkv's weight gradient, whose input the next kernel recomputes
         for number in range(len(decoder.layers) - 1, -1, -1):
             layer = decoder.layers[number]
-            last, norms, added = number + 1 == len(decoder.layers), layer.norms, layer.grads
-            qkv, out, known, attended, middle, gate_up, down = kept[-7:]
-            del kept[-7:]
-            share = sums.norm(into, added["last"])
-            dx, ddown, normed = ops.add_norm_backward(dx, dn, middle, down, norms["last"], weight, eps, share, True)
-            if waiting:
-                add_product(*waiting, normed, fresh=fresh)
-            gate_up, gated = ops.gated_backward(gate_up, ddown @ layer.down)
-            add_product(added["down"], ddown.T, gated, fresh=fresh)
-            del gated, ddown, normed
-            dn = gate_up @ layer.gate_up
-            share = sums.norm(added["second"], added["after"])
-            dx, dattended, normed = ops.add_norm_backward(
-                dx, dn, middle, attended, norms["after"], norms["second"], eps, share, False
+            last, norms, layer_grads = number + 1 == len(decoder.layers), layer.norms, layer.grads
+            qkv, out, lse, attended, mid, gate_up, down = saved[-7:]
+            del saved[-7:]
+            partials = norm_grads.norm(next_grad, layer_grads["post_mlp"])
+            d_x, d_down, normed = ops.add_norm_backward(
+                d_x, d_normed, mid, down, norms["post_mlp"], next_norm, eps, partials, True
             )
-            add_product(added["gate_up"], gate_up.T, normed, fresh=fresh)
+            if pending:
+                add_product(*pending, normed, overwrite=overwrite)
+            gate_up, hidden = ops.gated_gelu_backward(gate_up, d_down @ layer.down)
+            add_product(layer_grads["down"], d_down.T, hidden, overwrite=overwrite)
+            del hidden, d_down, normed
+            d_normed = gate_up @ layer.gate_up
+            partials = norm_grads.norm(layer_grads["pre_mlp"], layer_grads["post_attention"])
+            d_x, d_attended, normed = ops.add_norm_backward(
+                d_x, d_normed, mid, attended, norms["post_attention"], norms["pre_mlp"], eps, partials, False
+            )
+            add_product(layer_grads["gate_up"], gate_up.T, normed, overwrite=overwrite)
             del gate_up, normed
-            do = dattended @ layer.out
+            d_out = d_attended @ layer.out
             if last:
-                add_product(added["out"], dattended.T, out.index_select(0, positions), fresh=fresh)
-                dx, do = (_spread(part, positions, len(out)) for part in (dx, do))
+                add_product(layer_grads["out"], d_attended.T, out.index_select(0, positions), overwrite=overwrite)
+                d_x, d_out = (_scatter_rows(grad, positions, len(out)) for grad in (d_x, d_out))
             else:
-                add_product(added["out"], dattended.T, out, fresh=fresh)
-            q, k = ops.rotate(qkv, norms["q"], norms["k"], rows, layer.kind)
-            dq, dk = ops.attend_backward(do, q, k, _values(qkv, layer.kind), out, known, rows, layer.kind)
-            del q, k, do, out
-            ops.rotate_backward(dq, dk, qkv, norms["q"], norms["k"], rows, layer.kind, sums.heads(layer))
-            dn = qkv @ layer.qkv
-            waiting = added["qkv"], qkv.T
-            weight, into = norms["first"], added["first"]
-        dx, _, normed = ops.add_norm_backward(dx, dn, kept[0], None, None, weight, eps, sums.norm(into), False)
-        assert waiting is not None
-        add_product(*waiting, normed, fresh=fresh)
-        sums.add(fresh)
-        return dx, None, None, None, None
+                add_product(layer_grads["out"], d_attended.T, out, overwrite=overwrite)
+            q, k = ops.norm_rotate(qkv, norms["q"], norms["k"], rows, layer.attention)
+            d_q, d_k = ops.attend_backward(d_out, q, k, _values(qkv, layer.attention), out, lse, rows, layer.attention)
+            del q, k, d_out, out
+            ops.norm_rotate_backward(
+                d_q, d_k, qkv, norms["q"], norms["k"], rows, layer.attention, norm_grads.heads(layer)
+            )
+            d_normed = qkv @ layer.qkv  # qkv now holds its own gradient
+            pending = layer_grads["qkv"], qkv.T
+            next_norm, next_grad = norms["pre_attention"], layer_grads["pre_attention"]
+        d_x, _, normed = ops.add_norm_backward(
+            d_x, d_normed, saved[0], None, None, next_norm, eps, norm_grads.norm(next_grad), False
+        )
+        assert pending is not None
+        add_product(*pending, normed, overwrite=overwrite)
+        norm_grads.add(overwrite)
+        return d_x, None, None, None, None
 
 
-def _values(qkv: Tensor, kind: Attention) -> Tensor:
-    """The values (T, G, D) in a product's (T, (A + 2G) D)."""
-    return qkv.view(len(qkv), -1, kind.head_dim)[:, kind.heads + kind.kv_heads :]
+def _values(qkv: Tensor, shape: AttentionShape) -> Tensor:
+    """View of the values (T, G, D) in qkv (T, (A + 2G) D)."""
+    return qkv.view(len(qkv), -1, shape.head_dim)[:, shape.heads + shape.kv_heads :]
 
 
-def _spread(grad: Tensor, positions: Tensor, length: int) -> Tensor:
-    """The gradient of an index_select: (T, H), 0 where nothing was selected. Filled-up positions bring zeros."""
+def _scatter_rows(grad: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Gradient of index_select: (N, H) -> (length, H). Padded labels' positions, which repeat, add zeros."""
     return grad.new_zeros((length, grad.shape[1])).index_add_(0, positions, grad)

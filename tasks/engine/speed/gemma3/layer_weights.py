@@ -1,6 +1,6 @@
-"""Gemma 3's layers as the stack wants them: whether a model has them, and their weights and gradients as products.
+"""Weights and gradients of Gemma 3's layers as the written-out decoder multiplies them.
 
-Matrices that are one product (queries, keys and values; gate and up) have to lie one behind the other in memory.
+Queries, keys and values are one matrix, gate and up another: their rows have to be adjacent in memory.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3TextModel
 
+from tasks.engine.models.families import family_of
 from tasks.engine.models.lm_head import unwrap
-from tasks.engine.speed.gemma3.attention_shapes import Attention
+from tasks.engine.speed.gemma3.attention_shapes import AttentionShape
 
-ALIGNED = 64  # elements: where a parameter's gradient may begin, so that neighbours lie without a gap
+ALIGNED = 64  # elements: alignment of a parameter's gradient, at which adjacent parameters have no gap
 
 
 @dataclass
-class Layer:
-    """A layer's weights: products in the dtype they are multiplied in, norms as they are; and all their gradients."""
+class LayerWeights:
+    """A layer's matrices in the dtype of the products, its norms as they are stored, and the gradients of both."""
 
-    kind: Attention
+    attention: AttentionShape
     qkv: Tensor
     out: Tensor
     gate_up: Tensor
@@ -32,69 +33,73 @@ class Layer:
     grads: dict[str, Tensor]
 
 
-class Decoder(NamedTuple):
-    """All layers, the norm behind them and its gradient, the norms' epsilon, and what computes between products:
-    tasks.engine.speed.gemma3.reference_ops or .kernels."""
+class DecoderWeights(NamedTuple):
+    """All layers, the final norm with its gradient and epsilon, and the module of operations between the products.
 
-    layers: list[Layer]
+    `ops` is tasks.engine.speed.gemma3.reference_ops or .kernels.
+    """
+
+    layers: list[LayerWeights]
     norm: Tensor
     norm_grad: Tensor
     eps: float
     ops: ModuleType
 
 
-def fits(model: PreTrainedModel, grads: dict[int, Tensor], dtype: torch.dtype) -> bool:
-    """Whether these are Gemma 3's text layers as the stack writes them, with all of their weights trained."""
+def is_supported(model: PreTrainedModel, grads: dict[int, Tensor], dtype: torch.dtype) -> bool:
+    """Whether a model has Gemma 3's text layers, all trained, in sizes that the kernels take."""
     body = cast(Any, unwrap(model).base_model)
-    if type(body) is not Gemma3TextModel or not all(type(layer) is Gemma3DecoderLayer for layer in body.layers):
+    if not family_of(body.config.model_type).handwritten_layers or type(body) is not Gemma3TextModel:
+        return False
+    if not all(type(layer) is Gemma3DecoderLayer for layer in body.layers):
         return False
     config = body.config
-    whole = all(id(p) in grads for p in body.parameters())
-    bare = not config.attention_bias and not config.attention_dropout and config.attn_logit_softcapping is None
+    trained = all(id(p) in grads for p in body.parameters())
+    plain = not config.attention_bias and not config.attention_dropout and config.attn_logit_softcapping is None
     causal = not getattr(config, "use_bidirectional_attention", False)
-    products = [m for layer in body.layers for part in (layer.self_attn, layer.mlp) for m in _products(part)]
-    linear = all(type(m) is nn.Linear and m.weight.numel() % ALIGNED == 0 for m in products)
-    powers = (config.head_dim, config.num_attention_heads // config.num_key_value_heads)
+    projections = [m for layer in body.layers for block in (layer.self_attn, layer.mlp) for m in _projections(block)]
+    linear = all(type(m) is nn.Linear and m.weight.numel() % ALIGNED == 0 for m in projections)
+    powers_of_two = (config.head_dim, config.num_attention_heads // config.num_key_value_heads)
     sizes = model.device.type == "cpu" or (
-        dtype == torch.bfloat16 and all(n & (n - 1) == 0 for n in powers) and 32 <= config.head_dim <= 256
+        dtype == torch.bfloat16 and all(n & (n - 1) == 0 for n in powers_of_two) and 32 <= config.head_dim <= 256
     )
-    return whole and bare and causal and linear and sizes and config.hidden_activation == "gelu_pytorch_tanh"
+    return trained and plain and causal and linear and sizes and config.hidden_activation == "gelu_pytorch_tanh"
 
 
-def _products(module: Any) -> list[Any]:
+def _projections(module: Any) -> list[Any]:
     return [child for name, child in module.named_children() if name.endswith("_proj")]
 
 
-def layer_of(layer: Any, eps: float, weights: dict[int, Tensor], grads: dict[int, Tensor]) -> Layer:
-    """A layer of transformers' with its `weights` for products and its `grads`, both by a parameter's id.
+def layer_weights(layer: Any, eps: float, weights: dict[int, Tensor], grads: dict[int, Tensor]) -> LayerWeights:
+    """The weights of a transformers layer; `weights` (in the products' dtype) and `grads` are by `id` of a parameter.
 
-    Raises ValueError where the parts of a product do not lie one behind the other.
+    Raises ValueError where matrices that are multiplied as one are not adjacent in memory.
     """
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
-    kind = Attention(
+    shape = AttentionShape(
         config.num_attention_heads, config.num_key_value_heads, attention.head_dim, float(attention.scaling),
         eps, attention.sliding_window or 0, attention.is_sliding,
     )  # fmt: skip
-    parts = {"qkv": [attention.q_proj, attention.k_proj, attention.v_proj], "out": [attention.o_proj],
-             "gate_up": [mlp.gate_proj, mlp.up_proj], "down": [mlp.down_proj]}  # fmt: skip
-    found = {name: _joined([weights[id(m.weight)] for m in modules]) for name, modules in parts.items()}
-    added = {name: _joined([grads[id(m.weight)] for m in modules]) for name, modules in parts.items()}
+    groups = {"qkv": [attention.q_proj, attention.k_proj, attention.v_proj], "out": [attention.o_proj],
+              "gate_up": [mlp.gate_proj, mlp.up_proj], "down": [mlp.down_proj]}  # fmt: skip
+    matrices = {name: _adjacent_as_one([weights[id(m.weight)] for m in group]) for name, group in groups.items()}
+    layer_grads = {name: _adjacent_as_one([grads[id(m.weight)] for m in group]) for name, group in groups.items()}
     norms = {
-        "first": layer.input_layernorm, "q": attention.q_norm, "k": attention.k_norm,
-        "after": layer.post_attention_layernorm, "second": layer.pre_feedforward_layernorm,
-        "last": layer.post_feedforward_layernorm,
+        "pre_attention": layer.input_layernorm, "q": attention.q_norm, "k": attention.k_norm,
+        "post_attention": layer.post_attention_layernorm, "pre_mlp": layer.pre_feedforward_layernorm,
+        "post_mlp": layer.post_feedforward_layernorm,
     }  # fmt: skip
-    added |= {name: grads[id(module.weight)] for name, module in norms.items()}
-    return Layer(kind, **found, norms={n: m.weight.detach() for n, m in norms.items()}, grads=added)
+    layer_grads |= {name: grads[id(module.weight)] for name, module in norms.items()}
+    return LayerWeights(shape, **matrices, norms={n: m.weight.detach() for n, m in norms.items()}, grads=layer_grads)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Matrices that lie one behind the other as one; raises ValueError where they do not."""
+def _adjacent_as_one(parts: Sequence[Tensor]) -> Tensor:
+    """One matrix over the memory of adjacent ones, without a copy; raises ValueError where they are not adjacent."""
     first, rows = parts[0], sum(len(part) for part in parts)
-    at = first.data_ptr()
+    address = first.data_ptr()
     for part in parts:
-        if part.data_ptr() != at or part.shape[1] != first.shape[1]:
-            raise ValueError("the parts of a product do not lie one behind the other")
-        at += part.numel() * part.element_size()
+        if part.data_ptr() != address or part.shape[1] != first.shape[1]:
+            raise ValueError("matrices that are multiplied as one are not adjacent in memory")
+        address += part.numel() * part.element_size()
     return torch.as_strided(first, (rows, first.shape[1]), (first.shape[1], 1))

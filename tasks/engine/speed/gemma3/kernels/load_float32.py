@@ -1,11 +1,11 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""Numbers as every kernel of a layer reads them: float32, 0 where there are none."""
+"""Masked load in float32, as all kernels of a layer read their tensors."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load(tensor, at, there):
-    """In float32."""
-    return tl.load(tensor + at, mask=there, other=0.0).to(tl.float32)
+def load_float32(tensor, offsets, mask):
+    """Values in float32, 0 where the mask is off."""
+    return tl.load(tensor + offsets, mask=mask, other=0.0).to(tl.float32)

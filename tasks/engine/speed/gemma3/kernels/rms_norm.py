@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""Norms, and the residual stream between them: one kernel forward, one backward.
+"""RMS norms fused with the residual addition between them: one kernel forward, one backward.
 
-A program of the backward goes through many tokens and keeps their share of the weights' gradients.
+A program of the backward loops over many tokens and keeps a partial sum of the weights' gradients.
 """
 
 import torch
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tasks.engine.speed.gemma3.kernels.load_float32 import load
+from tasks.engine.speed.gemma3.kernels.load_float32 import load_float32
 
-PROGRAMS = 1056  # of a norm's backward: 8 for each multiprocessor
-WARPS, BACK_WARPS = 1, 1
+PROGRAMS = 1056  # of a norm's backward: 8 per multiprocessor
+WARPS, BACKWARD_WARPS = 1, 1
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See plain.norm."""
+    """See reference_ops.norm."""
     tokens, width = x.shape
     out = torch.empty_like(x)
     _add_norm[(tokens,)](x, x, x, out, weight, weight, width, eps, ADDS=False, BLOCK=_block(width), num_warps=WARPS)
@@ -24,7 +24,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_norm(x: Tensor, added: Tensor, gain: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See plain.add_norm."""
+    """See reference_ops.add_norm."""
     tokens, width = x.shape
     summed, out = torch.empty_like(x), torch.empty_like(x)
     block = _block(width)
@@ -33,19 +33,20 @@ def add_norm(x: Tensor, added: Tensor, gain: Tensor, weight: Tensor, eps: float)
 
 
 def add_norm_backward(
-    dx: Tensor | None, dn: Tensor, x: Tensor, added: Tensor | None, gain: Tensor | None, weight: Tensor, eps: float,
-    shares: Tensor, again: bool,
+    d_x: Tensor | None, d_normed: Tensor, x: Tensor, added: Tensor | None, gain: Tensor | None, weight: Tensor,
+    eps: float, partials: Tensor, recompute_sum: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """See plain.add_norm_backward; the residual stream's gradient takes the place of `dx`."""
+    """See reference_ops.add_norm_backward; the residual stream's gradient is written into `d_x`."""
     tokens, width = x.shape
-    total, normed = torch.empty_like(x) if dx is None else dx, torch.empty_like(x)
-    dadded = None if added is None else torch.empty_like(x)
+    d_residual, normed = torch.empty_like(x) if d_x is None else d_x, torch.empty_like(x)
+    d_added = None if added is None else torch.empty_like(x)
     _add_norm_backward[(PROGRAMS,)](
-        total, dn, x, x if added is None else added, weight if gain is None else gain, weight, dadded, normed, shares,
-        tokens, width, eps, HAS_DX=dx is not None, ADDS=added is not None, AGAIN=again, LOW=_block(width) // 2,
-        HIGH=_block(width - _block(width) // 2), num_warps=BACK_WARPS,
+        d_residual, d_normed, x, x if added is None else added, weight if gain is None else gain, weight, d_added,
+        normed, partials, tokens, width, eps, HAS_DX=d_x is not None, ADDS=added is not None,
+        RECOMPUTE_SUM=recompute_sum, LOW=_block(width) // 2, HIGH=_block(width - _block(width) // 2),
+        num_warps=BACKWARD_WARPS,
     )  # fmt: skip
-    return total, dadded, normed
+    return d_residual, d_added, normed
 
 
 def _block(width: int) -> int:
@@ -54,81 +55,81 @@ def _block(width: int) -> int:
 
 @triton.jit
 def _add_norm(x, added, summed, out, gain, weight, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    there = at < width
-    here = tl.program_id(0).to(tl.int64) * width + at
-    value = load(x, here, there)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offset = tl.program_id(0).to(tl.int64) * width + column
+    value = load_float32(x, offset, mask)
     if ADDS:
-        more = load(added, here, there)
-        value += more * tl.rsqrt(tl.sum(more * more) / width + eps) * (1 + load(gain, at, there))
+        branch = load_float32(added, offset, mask)
+        value += branch * tl.rsqrt(tl.sum(branch * branch) / width + eps) * (1 + load_float32(gain, column, mask))
         rounded = value.to(summed.dtype.element_ty)
-        tl.store(summed + here, rounded, mask=there)
+        tl.store(summed + offset, rounded, mask=mask)
         value = rounded.to(tl.float32)
-    value = value * tl.rsqrt(tl.sum(value * value) / width + eps) * (1 + load(weight, at, there))
-    tl.store(out + here, value.to(out.dtype.element_ty), mask=there)
+    value = value * tl.rsqrt(tl.sum(value * value) / width + eps) * (1 + load_float32(weight, column, mask))
+    tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _pair(row, low, high, there):
-    """A token's numbers in two parts: a power of two that rows are a little longer than would waste half of them."""
-    return tl.load(row + low).to(tl.float32), tl.load(row + high, mask=there, other=0.0).to(tl.float32)
+def _load_halves(row, low, high, mask):
+    """A token's values in two blocks: in one block, rows little longer than a power of two would waste half of it."""
+    return tl.load(row + low).to(tl.float32), tl.load(row + high, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _keep(row, low, high, there, a, b):
-    tl.store(row + low, a.to(row.dtype.element_ty))
-    tl.store(row + high, b.to(row.dtype.element_ty), mask=there)
+def _store_halves(row, low, high, mask, low_values, high_values):
+    tl.store(row + low, low_values.to(row.dtype.element_ty))
+    tl.store(row + high, high_values.to(row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _mean(a, b, c, d, width):
-    return (tl.sum(a * c) + tl.sum(b * d)) / width
+def _mean_product(low_a, high_a, low_b, high_b, width):
+    return (tl.sum(low_a * low_b) + tl.sum(high_a * high_b)) / width
 
 
 @triton.jit
 def _add_norm_backward(
-    dx, dn, x, added, gain, weight, dadded, normed, shares, tokens, width, eps,
-    HAS_DX: tl.constexpr, ADDS: tl.constexpr, AGAIN: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    d_x, d_normed, x, added, gain, weight, d_added, normed, partials, tokens, width, eps,
+    HAS_DX: tl.constexpr, ADDS: tl.constexpr, RECOMPUTE_SUM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     low, high = tl.arange(0, LOW), LOW + tl.arange(0, HIGH)
-    there = high < width
+    mask = high < width
     program, programs = tl.program_id(0), tl.num_programs(0)
-    of_weight, of_weight_high = tl.zeros((LOW,), tl.float32), tl.zeros((HIGH,), tl.float32)
-    of_gain, of_gain_high = of_weight, of_weight_high
-    for turn in range(tl.cdiv(tokens - program, programs)):
-        here = (program + turn * programs).to(tl.int64) * width
-        a, b = _pair(x + here, low, high, there)
-        grad, grad_high = _pair(dn + here, low, high, there)
+    d_weight_low, d_weight_high = tl.zeros((LOW,), tl.float32), tl.zeros((HIGH,), tl.float32)
+    d_gain_low, d_gain_high = d_weight_low, d_weight_high
+    for step in range(tl.cdiv(tokens - program, programs)):
+        offset = (program + step * programs).to(tl.int64) * width
+        v_low, v_high = _load_halves(x + offset, low, high, mask)
+        g_low, g_high = _load_halves(d_normed + offset, low, high, mask)
         if ADDS:
-            more, more_high = _pair(added + here, low, high, there)
-            inverse_more = tl.rsqrt(_mean(more, more_high, more, more_high, width) + eps)
-            by_gain, by_gain_high = _pair(gain, low, high, there)
-            more, more_high = more * inverse_more, more_high * inverse_more
-        if AGAIN:  # as _add_norm makes it
-            a = (a + more * (1 + by_gain)).to(normed.dtype.element_ty).to(tl.float32)
-            b = (b + more_high * (1 + by_gain_high)).to(normed.dtype.element_ty).to(tl.float32)
+            b_low, b_high = _load_halves(added + offset, low, high, mask)
+            branch_inverse = tl.rsqrt(_mean_product(b_low, b_high, b_low, b_high, width) + eps)
+            gain_low, gain_high = _load_halves(gain, low, high, mask)
+            b_low, b_high = b_low * branch_inverse, b_high * branch_inverse
+        if RECOMPUTE_SUM:  # rounded as in _add_norm
+            v_low = (v_low + b_low * (1 + gain_low)).to(normed.dtype.element_ty).to(tl.float32)
+            v_high = (v_high + b_high * (1 + gain_high)).to(normed.dtype.element_ty).to(tl.float32)
         if HAS_DX:
-            before, before_high = _pair(dx + here, low, high, there)
-        by, by_high = _pair(weight, low, high, there)
-        inverse = tl.rsqrt(_mean(a, b, a, b, width) + eps)
-        a, b = a * inverse, b * inverse
-        of_weight += grad * a
-        of_weight_high += grad_high * b
-        _keep(normed + here, low, high, there, a * (1 + by), b * (1 + by_high))
-        grad, grad_high = grad * (1 + by), grad_high * (1 + by_high)
-        mean = _mean(grad, grad_high, a, b, width)
-        a, b = inverse * (grad - a * mean), inverse * (grad_high - b * mean)
+            d_x_low, d_x_high = _load_halves(d_x + offset, low, high, mask)
+        weight_low, weight_high = _load_halves(weight, low, high, mask)
+        inverse = tl.rsqrt(_mean_product(v_low, v_high, v_low, v_high, width) + eps)
+        v_low, v_high = v_low * inverse, v_high * inverse
+        d_weight_low += g_low * v_low
+        d_weight_high += g_high * v_high
+        _store_halves(normed + offset, low, high, mask, v_low * (1 + weight_low), v_high * (1 + weight_high))
+        g_low, g_high = g_low * (1 + weight_low), g_high * (1 + weight_high)
+        mean = _mean_product(g_low, g_high, v_low, v_high, width)
+        v_low, v_high = inverse * (g_low - v_low * mean), inverse * (g_high - v_high * mean)
         if HAS_DX:
-            a, b = a + before, b + before_high
-        a, b = a.to(dx.dtype.element_ty).to(tl.float32), b.to(dx.dtype.element_ty).to(tl.float32)
-        _keep(dx + here, low, high, there, a, b)
+            v_low, v_high = v_low + d_x_low, v_high + d_x_high
+        v_low, v_high = v_low.to(d_x.dtype.element_ty).to(tl.float32), v_high.to(d_x.dtype.element_ty).to(tl.float32)
+        _store_halves(d_x + offset, low, high, mask, v_low, v_high)
         if ADDS:
-            of_gain += a * more
-            of_gain_high += b * more_high
-            a, b = a * (1 + by_gain), b * (1 + by_gain_high)
-            mean = _mean(a, b, more, more_high, width)
-            a, b = inverse_more * (a - more * mean), inverse_more * (b - more_high * mean)
-            _keep(dadded + here, low, high, there, a, b)
-    _keep(shares + program * width, low, high, there, of_weight, of_weight_high)
+            d_gain_low += v_low * b_low
+            d_gain_high += v_high * b_high
+            v_low, v_high = v_low * (1 + gain_low), v_high * (1 + gain_high)
+            mean = _mean_product(v_low, v_high, b_low, b_high, width)
+            v_low, v_high = branch_inverse * (v_low - b_low * mean), branch_inverse * (v_high - b_high * mean)
+            _store_halves(d_added + offset, low, high, mask, v_low, v_high)
+    _store_halves(partials + program * width, low, high, mask, d_weight_low, d_weight_high)
     if ADDS:
-        _keep(shares + (programs + program) * width, low, high, there, of_gain, of_gain_high)
+        _store_halves(partials + (programs + program) * width, low, high, mask, d_gain_low, d_gain_high)

@@ -1,99 +1,101 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, import-not-found, import-untyped"
-"""Queries and keys: normed a head, and turned by their positions (rotary embeddings, arXiv 2104.09864)."""
+"""RMS norm of each query and key head, and rotary position embedding (arXiv 2104.09864), in one kernel."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tasks.engine.speed.gemma3.attention_shapes import Attention, Rows
+from tasks.engine.speed.gemma3.attention_shapes import AttentionShape, PackedRows
 
-HEAD_PROGRAMS = 264  # of the backward, for each head: 2 for each multiprocessor
-TURN, TURN_BACK = (8, 8), (4, 2)  # tokens and warps of a program that turns heads
+HEAD_PROGRAMS = 264  # of the backward, per head: 2 per multiprocessor
+FORWARD, BACKWARD = (8, 8), (4, 2)  # tokens and warps of a program
 
 
-def rotate(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rows: Rows, kind: Attention) -> tuple[Tensor, Tensor]:
-    """See plain.rotate."""
+def norm_rotate(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rows: PackedRows, shape: AttentionShape
+) -> tuple[Tensor, Tensor]:
+    """See reference_ops.norm_rotate."""
     tokens = len(qkv)
-    q = qkv.new_empty((tokens, kind.heads, kind.head_dim))
-    k = qkv.new_empty((tokens, kind.kv_heads, kind.head_dim))
-    cos, sin = rows.tables[kind.local]
-    _rotate[(triton.cdiv(tokens, TURN[0]), kind.heads + kind.kv_heads)](
-        qkv, q, k, q_weight, k_weight, rows.positions, cos, sin, tokens, qkv.stride(0), kind.eps,
-        HEADS=kind.heads, KV_HEADS=kind.kv_heads, HALF=kind.head_dim // 2, TOKENS=TURN[0], num_warps=TURN[1],
+    q = qkv.new_empty((tokens, shape.heads, shape.head_dim))
+    k = qkv.new_empty((tokens, shape.kv_heads, shape.head_dim))
+    cos, sin = rows.rope_tables[shape.is_local]
+    _norm_rotate[(triton.cdiv(tokens, FORWARD[0]), shape.heads + shape.kv_heads)](
+        qkv, q, k, q_weight, k_weight, rows.positions, cos, sin, tokens, qkv.stride(0), shape.eps,
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, HALF=shape.head_dim // 2, TOKENS=FORWARD[0], num_warps=FORWARD[1],
     )  # fmt: skip
     return q, k
 
 
-def rotate_backward(
-    dq: Tensor, dk: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rows: Rows, kind: Attention,
-    shares: Tensor,
+def norm_rotate_backward(
+    d_q: Tensor, d_k: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rows: PackedRows, shape: AttentionShape,
+    partials: Tensor,
 ) -> None:  # fmt: skip
-    """See plain.rotate_backward."""
-    cos, sin = rows.tables[kind.local]
-    _rotate_backward[(HEAD_PROGRAMS, kind.heads + kind.kv_heads)](
-        qkv, dq, dk, q_weight, k_weight, rows.positions, cos, sin, shares, len(qkv), qkv.stride(0), kind.eps,
-        HEADS=kind.heads, KV_HEADS=kind.kv_heads, HALF=kind.head_dim // 2, TOKENS=TURN_BACK[0], num_warps=TURN_BACK[1],
+    """See reference_ops.norm_rotate_backward."""
+    cos, sin = rows.rope_tables[shape.is_local]
+    _norm_rotate_backward[(HEAD_PROGRAMS, shape.heads + shape.kv_heads)](
+        qkv, d_q, d_k, q_weight, k_weight, rows.positions, cos, sin, partials, len(qkv), qkv.stride(0), shape.eps,
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, HALF=shape.head_dim // 2, TOKENS=BACKWARD[0], num_warps=BACKWARD[1],
     )  # fmt: skip
 
 
 @triton.jit
-def _rotate(
+def _norm_rotate(
     qkv, q, k, q_weight, k_weight, positions, cos, sin, tokens, stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1)
-    there, at = (token < tokens)[:, None], tl.arange(0, HALF)[None, :]
-    here = qkv + token.to(tl.int64)[:, None] * stride + head * 2 * HALF + at
-    low = tl.load(here, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(here + HALF, mask=there, other=0.0).to(tl.float32)
+    mask, column = (token < tokens)[:, None], tl.arange(0, HALF)[None, :]
+    source = qkv + token.to(tl.int64)[:, None] * stride + head * 2 * HALF + column
+    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
     inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
     weight = q_weight
-    out = q + (token.to(tl.int64)[:, None] * HEADS + head) * 2 * HALF + at
+    out = q + (token.to(tl.int64)[:, None] * HEADS + head) * 2 * HALF + column
     if head >= HEADS:
         weight = k_weight
-        out = k + (token.to(tl.int64)[:, None] * KV_HEADS + head - HEADS) * 2 * HALF + at
-    low *= inverse * (1 + tl.load(weight + at).to(tl.float32))
-    high *= inverse * (1 + tl.load(weight + HALF + at).to(tl.float32))
-    place = tl.load(positions + token, mask=token < tokens, other=0)[:, None] * HALF + at
-    c, s = tl.load(cos + place), tl.load(sin + place)
-    tl.store(out, (low * c - high * s).to(q.dtype.element_ty), mask=there)
-    tl.store(out + HALF, (high * c + low * s).to(q.dtype.element_ty), mask=there)
+        out = k + (token.to(tl.int64)[:, None] * KV_HEADS + head - HEADS) * 2 * HALF + column
+    low *= inverse * (1 + tl.load(weight + column).to(tl.float32))
+    high *= inverse * (1 + tl.load(weight + HALF + column).to(tl.float32))
+    angle = tl.load(positions + token, mask=token < tokens, other=0)[:, None] * HALF + column
+    cosine, sine = tl.load(cos + angle), tl.load(sin + angle)
+    tl.store(out, (low * cosine - high * sine).to(q.dtype.element_ty), mask=mask)
+    tl.store(out + HALF, (high * cosine + low * sine).to(q.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _rotate_backward(
-    qkv, dq, dk, q_weight, k_weight, positions, cos, sin, shares, tokens, stride, eps,
+def _norm_rotate_backward(
+    qkv, d_q, d_k, q_weight, k_weight, positions, cos, sin, partials, tokens, stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     program, programs, head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    at = tl.arange(0, HALF)[None, :]
-    weight, grads = q_weight, dq
+    column = tl.arange(0, HALF)[None, :]
+    weight, grads = q_weight, d_q
     if head >= HEADS:
-        weight, grads = k_weight, dk
-    heads, own = tl.where(head >= HEADS, KV_HEADS, HEADS), tl.where(head >= HEADS, head - HEADS, head)
-    by_low = 1 + tl.load(weight + at).to(tl.float32)
-    by_high = 1 + tl.load(weight + HALF + at).to(tl.float32)
-    of_low, of_high = tl.zeros((TOKENS, HALF), tl.float32), tl.zeros((TOKENS, HALF), tl.float32)
+        weight, grads = k_weight, d_k
+    heads, head_in_group = tl.where(head >= HEADS, KV_HEADS, HEADS), tl.where(head >= HEADS, head - HEADS, head)
+    gain_low = 1 + tl.load(weight + column).to(tl.float32)
+    gain_high = 1 + tl.load(weight + HALF + column).to(tl.float32)
+    d_weight_low, d_weight_high = tl.zeros((TOKENS, HALF), tl.float32), tl.zeros((TOKENS, HALF), tl.float32)
     for start in range(program * TOKENS, tokens, programs * TOKENS):
         token = start + tl.arange(0, TOKENS)
-        there = (token < tokens)[:, None]
-        here = qkv + token.to(tl.int64)[:, None] * stride + head * 2 * HALF + at
-        grad = grads + (token.to(tl.int64)[:, None] * heads + own) * 2 * HALF + at
-        low = tl.load(here, mask=there, other=0.0).to(tl.float32)
-        high = tl.load(here + HALF, mask=there, other=0.0).to(tl.float32)
-        d_low = tl.load(grad, mask=there, other=0.0).to(tl.float32)
-        d_high = tl.load(grad + HALF, mask=there, other=0.0).to(tl.float32)
-        place = tl.load(positions + token, mask=token < tokens, other=0)[:, None] * HALF + at
-        c, s = tl.load(cos + place), tl.load(sin + place)
-        g_low, g_high = d_low * c + d_high * s, d_high * c - d_low * s
+        mask = (token < tokens)[:, None]
+        source = qkv + token.to(tl.int64)[:, None] * stride + head * 2 * HALF + column
+        grad = grads + (token.to(tl.int64)[:, None] * heads + head_in_group) * 2 * HALF + column
+        low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
+        d_low = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
+        d_high = tl.load(grad + HALF, mask=mask, other=0.0).to(tl.float32)
+        angle = tl.load(positions + token, mask=token < tokens, other=0)[:, None] * HALF + column
+        cosine, sine = tl.load(cos + angle), tl.load(sin + angle)
+        g_low, g_high = d_low * cosine + d_high * sine, d_high * cosine - d_low * sine
         inverse = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
         low, high = low * inverse, high * inverse
-        of_low += g_low * low
-        of_high += g_high * high
-        g_low, g_high = g_low * by_low, g_high * by_high
+        d_weight_low += g_low * low
+        d_weight_high += g_high * high
+        g_low, g_high = g_low * gain_low, g_high * gain_high
         mean = ((tl.sum(g_low * low, 1) + tl.sum(g_high * high, 1)) / (2 * HALF))[:, None]
-        tl.store(here, (inverse * (g_low - low * mean)).to(qkv.dtype.element_ty), mask=there)
-        tl.store(here + HALF, (inverse * (g_high - high * mean)).to(qkv.dtype.element_ty), mask=there)
-    out = shares + (head * programs + program) * 2 * HALF + tl.arange(0, HALF)
-    tl.store(out, tl.sum(of_low, 0))
-    tl.store(out + HALF, tl.sum(of_high, 0))
+        tl.store(source, (inverse * (g_low - low * mean)).to(qkv.dtype.element_ty), mask=mask)
+        tl.store(source + HALF, (inverse * (g_high - high * mean)).to(qkv.dtype.element_ty), mask=mask)
+    out = partials + (head * programs + program) * 2 * HALF + tl.arange(0, HALF)
+    tl.store(out, tl.sum(d_weight_low, 0))
+    tl.store(out + HALF, tl.sum(d_weight_high, 0))
