@@ -1,4 +1,4 @@
-"""Distils the teacher into the student: the teacher's whole distribution on the answers, mixed with the labels."""
+"""Distils the teacher into the student: a divergence from the teacher's distribution, mixed with cross-entropy."""
 
 from typing import Annotated, Literal, Self
 
@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from tasks.core.config import MoreThan, OnlyWith
 from tasks.core.training_config import TrainingConfig
 from tasks.distill.divergence_config import DISTILLED, DivergenceConfig
-from tasks.distill.teacher_cache import StatesConfig, TeacherPrecision
+from tasks.distill.teacher_cache import TeacherCacheConfig, TeacherPrecision
 
 LABELLED = OnlyWith("ce_weight", MoreThan(0))
 
@@ -29,15 +29,15 @@ class DistillConfig(DivergenceConfig, TrainingConfig):
     """Change both weights, their sum kept, so that weight times gradient norm (`kd_grad_norm`, `ce_grad_norm`, means of
     the last 20 steps) of divergence and cross-entropy stand in the ratio kd_weight : ce_weight."""
     teacher_online: bool = False
-    """Keep the teacher in memory and ask it at every step, instead of once for its states on disk."""
+    """Run the teacher at every step, in memory beside the student, instead of once with its hidden states on disk."""
     teacher_precision: TeacherPrecision = "auto"
-    """What the teacher computes in; `8bit` and `4bit` store its weights so (CUDA only)."""
+    """The teacher's dtype; `8bit` and `4bit` quantize its weights (bitsandbytes, CUDA only)."""
     clip_norms: float | None = Field(None, gt=0, lt=1)
     """Clip the teacher's norm weights at this quantile of their absolute values first. An ablation: it harms."""
     states_budget_gib: Annotated[float, OnlyWith("teacher_online", (False,))] = Field(64, ge=0)
-    """Above so many GiB of teacher states on disk, only the `top_k` logits and the mass of the others are kept."""
+    """Above this many GiB of hidden states, only the `top_k` largest logits and the mass of the others are cached."""
     top_k: Annotated[int, OnlyWith("teacher_online", (False,))] = Field(64, ge=1, le=4096)
-    """How many logits those are."""
+    """How many logits of a position are cached above the budget."""
     wrong_row_weight: float = Field(1, ge=0, le=1)
     """Weight of training rows that the teacher gets wrong (see report/teacher.html); 0 leaves them out."""
     min_teacher_accuracy: float = Field(0, ge=0, le=1)
@@ -45,19 +45,20 @@ class DistillConfig(DivergenceConfig, TrainingConfig):
     max_teacher_loss: float | None = Field(None, gt=0)
     """The run stops when the teacher's cross-entropy a token on the validation rows is higher."""
     on_policy_rounds: int = Field(0, ge=0, le=20)
-    """So many times more, the student answers some rows itself and learns what the teacher would have said (GKD)."""
+    """Rounds after the run in which the student answers prompts itself and learns the teacher's distribution on its own
+    answers (GKD)."""
     on_policy_share: Annotated[float, OnlyWith("on_policy_rounds", MoreThan(0))] = Field(0.25, gt=0, le=1)
-    """Share of the training rows that a round answers; it trains on them once."""
+    """Share of the training rows whose prompts a round answers and trains on once."""
     grid: Literal["none", "Q8_0", "Q4_0"] = "none"
-    """Train the last part of the run on the weights that a GGUF file of this kind holds; method full only. The student
-    is then saved in float32, and its file of this kind has the very same weights."""
+    """Quantization-aware: train the last steps on weights rounded as a GGUF file of this kind stores them; method full
+    only. The student is saved in float32, and its file of this kind has the very same weights."""
     grid_fraction: Annotated[float, OnlyWith("grid", ("Q8_0", "Q4_0"))] = Field(0.5, gt=0, le=1)
-    """That last part, as a share of the steps."""
+    """Those last steps, as a share of all."""
     grid_embedding: Annotated[Literal["Q8_0", "Q4_0"], OnlyWith("grid", ("Q8_0", "Q4_0"))] = "Q8_0"
-    """What the tied embedding becomes in the file. llama.cpp gives a Q4_0 file a Q8_0 embedding unless told otherwise
+    """The tied embedding's format in the file. llama.cpp gives a Q4_0 file a Q8_0 embedding unless told otherwise
     (Q6_K where the hidden size is a multiple of 256: tell it there)."""
     vocabulary: int | None = Field(None, ge=300)
-    """Keep so many of the tokenizer's pieces and rows of embedding and head; method full only. None keeps all."""
+    """Reduce the tokenizer, embedding and head to this many pieces; method full only. None keeps all."""
     processes: int = Field(1, ge=1, le=16)
     """GPUs of this host that train together, one process each; `batch_size` is split over them."""
 
@@ -68,7 +69,7 @@ class DistillConfig(DivergenceConfig, TrainingConfig):
         return self
 
     @model_validator(mode="after")
-    def _whole_students(self) -> Self:
+    def _require_compatible_methods(self) -> Self:
         for name, value, off in (("grid", self.grid, "none"), ("vocabulary", self.vocabulary, None)):
             if value != off and self.method != "full":
                 raise ValueError(
@@ -82,6 +83,6 @@ class DistillConfig(DivergenceConfig, TrainingConfig):
         return self
 
     @property
-    def states(self) -> StatesConfig:
-        """The part of these settings that decides the teacher's states."""
-        return StatesConfig.model_validate(self.model_dump(include=set(StatesConfig.model_fields)))
+    def teacher_cache(self) -> TeacherCacheConfig:
+        """The settings that decide the teacher's cache."""
+        return TeacherCacheConfig.model_validate(self.model_dump(include=set(TeacherCacheConfig.model_fields)))

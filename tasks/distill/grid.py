@@ -1,4 +1,4 @@
-"""Quantization-aware distillation: from some step on the student is trained as its GGUF file will hold it.
+"""Quantization-aware distillation: in its last steps the loss sees the weights as the GGUF file will store them.
 
 The loss sees the weights rounded to the file's blocks, and its gradient moves the unrounded ones (the straight-through
 estimator, arXiv 1308.3432). The last rounding is what is saved, so converting it to that file changes no weight.
@@ -13,21 +13,20 @@ from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
 from tasks.distill import DistillConfig
+from tasks.engine.models.families import family_of, model_types
 from tasks.engine.runtimes.ggml_blocks import BLOCK, BlockKind, snap_
-
-# llama.cpp decides by architecture which tensors it quantizes; of Gemma 3n it leaves many small ones alone.
-KNOWN = ("gemma3_text",)
 
 
 def block_kinds(model: PreTrainedModel, kind: BlockKind, embedding: BlockKind) -> dict[str, BlockKind]:
-    """Which blocks each parameter gets in a GGUF file of `kind`: matrices `kind`, the tied embedding `embedding`.
+    """The block format of each parameter in a GGUF file of `kind`: matrices `kind`, the tied embedding `embedding`.
 
-    Norms are vectors, which a file keeps in float32. Raises BadConfig for models whose files look otherwise.
+    Norms are vectors, which a file stores in float32. Raises BadConfig for models whose files are not known.
     """
     config = model.config.get_text_config()
-    if config.model_type not in KNOWN or not config.tie_word_embeddings:
+    if not family_of(config.model_type).gguf_quantizes_every_matrix or not config.tie_word_embeddings:
+        supported = ", ".join(model_types("gguf_quantizes_every_matrix"))
         raise BadConfig(
-            f"grid={kind}: which blocks a GGUF file gives to the tensors is known for {', '.join(KNOWN)} with tied "
+            f"grid={kind}: which blocks a GGUF file gives to the tensors is known for {supported} with tied "
             f"embeddings, not for {config.model_type}: set grid=none"
         )
     table = model.get_input_embeddings().weight
@@ -42,47 +41,47 @@ def block_kinds(model: PreTrainedModel, kind: BlockKind, embedding: BlockKind) -
     return kinds
 
 
-class Grid:
-    """Weights on the grid from step `first` on; the trained ones wait aside, at the cost of one more copy of them."""
+class GgufGrid:
+    """Swaps in weights rounded to the grid, from step `first` on; the trained ones are a further copy meanwhile."""
 
     def __init__(self, model: PreTrainedModel, config: DistillConfig, steps: int) -> None:
         assert config.grid != "none"
         kinds = block_kinds(model, config.grid, config.grid_embedding)
         self.weights = [(model.get_parameter(name).detach(), kind) for name, kind in kinds.items()]
         self.first = round(steps * (1 - config.grid_fraction))
-        self._aside: list[Tensor] = []
-        self._shown = False
+        self._trained: list[Tensor] = []
+        self._swapped_in = False
 
-    def show(self, step: int) -> None:
+    def swap_in(self, step: int) -> None:
         """Puts the rounded weights in place, from step `first` on."""
-        if step < self.first or self._shown:
+        if step < self.first or self._swapped_in:
             return
-        if not self._aside:
-            self._aside = [torch.empty_like(weight) for weight, _ in self.weights]
-        for (weight, kind), aside in zip(self.weights, self._aside, strict=True):
-            aside.copy_(weight)
+        if not self._trained:
+            self._trained = [torch.empty_like(weight) for weight, _ in self.weights]
+        for (weight, kind), trained in zip(self.weights, self._trained, strict=True):
+            trained.copy_(weight)
             snap_(weight, kind)
-        self._shown = True
+        self._swapped_in = True
 
-    def restore(self) -> None:
+    def swap_out(self) -> None:
         """Puts the trained weights back, bit for bit."""
-        if self._shown:
-            for (weight, _), aside in zip(self.weights, self._aside, strict=True):
-                weight.copy_(aside)
-        self._shown = False
+        if self._swapped_in:
+            for (weight, _), trained in zip(self.weights, self._trained, strict=True):
+                weight.copy_(trained)
+        self._swapped_in = False
 
     @contextmanager
-    def during(self, step: int) -> Iterator[None]:
+    def swapped_in(self, step: int) -> Iterator[None]:
         """The weights of a validation after `step` steps."""
-        self.show(step)
+        self.swap_in(step)
         try:
             yield
         finally:
-            self.restore()
+            self.swap_out()
 
 
-def settle(model: PreTrainedModel, config: DistillConfig) -> dict[str, BlockKind]:
-    """Rounds the trained model for good; which blocks each parameter lies on."""
+def round_to_grid(model: PreTrainedModel, config: DistillConfig) -> dict[str, BlockKind]:
+    """Rounds the trained model's weights in place; returns the block format of each parameter."""
     assert config.grid != "none"
     kinds = block_kinds(model, config.grid, config.grid_embedding)
     for name, kind in kinds.items():

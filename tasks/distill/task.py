@@ -1,4 +1,4 @@
-"""The distill stage's task; the teacher's states are a task of their own (tasks.distill.teacher_cache.task)."""
+"""The distill stage's task; the teacher cache is a task of its own (tasks.distill.teacher_cache.task)."""
 
 from prefect import task
 
@@ -14,15 +14,16 @@ def distil(
     student: AnyModel,
     teacher: AnyModel,
     dataset: DatasetRef,
-    states: ReportRef | None = None,
+    teacher_cache: ReportRef | None = None,
     texts: FilesRef | None = None,
 ) -> AnyModel:
-    """`student` taught by `teacher` on the dataset: an adapter, or a whole model with `method: full`.
+    """`student` distilled from `teacher` on the dataset: an adapter, or a whole model with `method: full`.
 
-    `states` are what `remember` kept of the teacher; without them it is asked by the way, for this run alone. `texts`
-    decide with the rows what a smaller `vocabulary` keeps.
+    Without a `teacher_cache` the stage runs the teacher itself, for this run alone. `texts` rank the pieces of a
+    smaller `vocabulary`.
     """
-    inputs: dict[str, Input] = {"student": student, "teacher": teacher, "dataset": dataset, "states": states}
+    inputs: dict[str, Input] = {"student": student, "teacher": teacher, "dataset": dataset}
+    inputs["teacher_cache"] = teacher_cache
     if config.vocabulary is not None:
         inputs["texts"] = texts
     if config.method == "full":

@@ -1,6 +1,5 @@
-"""What the student is taught: the teacher asked (or put beside it) and examined, its wrong rows left out or weighed."""
+"""Teacher targets, cached or live; drops or down-weights the rows that the teacher gets wrong."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,80 +10,88 @@ from tasks.core.errors import BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
-from tasks.distill.teacher_cache.hidden_states import States
+from tasks.distill.teacher_cache.cache_files import TeacherCache
 from tasks.distill.teacher_cache.load_teacher import load_teacher
 from tasks.distill.teacher_cache.row_numbers import row_numbers
-from tasks.distill.teacher_cache.teacher_accuracy import Exam, examine, gate, write_exam
-from tasks.distill.teachers import Online, Remembered, remembered
+from tasks.distill.teacher_cache.teacher_accuracy import (
+    Measured,
+    TeacherAccuracy,
+    measure_accuracy,
+    require_accuracy,
+    write_accuracy_report,
+)
+from tasks.distill.teachers import CachedTeacher, LiveTeacher, fill_cache
 from tasks.engine.data.chat_template import Example
 
-MOST_EXAMINED_ONLINE = 1000
+MAX_ACCURACY_ROWS = 1000
 
 
-class Lessons(NamedTuple):
-    """The training rows that are taught, and where the loss gets the teacher from (rows and validation numbered on)."""
+class TeacherTargets(NamedTuple):
+    """The training rows, and the teacher that gives the loss its targets for them and for the validation rows."""
 
     rows: list[Example]
-    taught: Remembered | Online
+    teacher: CachedTeacher | LiveTeacher
 
 
-def prepare(
+def prepare_targets(
     config: DistillConfig,
     teacher: ModelDir,
     dataset: Path,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Example],
     validation: list[Example],
-    given: Path | None,
+    cache_path: Path | None,
     out: Path,
     report: Report,
     job: Job,
-) -> Lessons:
-    """Asks and examines the teacher; raises GateFailed below the config's bar.
+) -> TeacherTargets:
+    """Completes the teacher's cache and measures its accuracy; raises GateFailed below the config's limits.
 
-    With `teacher_online` the exam is of the validation rows, or of some training rows where there are none.
+    With `teacher_online` accuracy is measured on the validation rows, or on a sample of training rows without any.
     """
     splits = {"train": rows, "validation": validation}
     if config.teacher_online:
-        job.log("the teacher stays in memory: no states are kept, and its training rows are not examined")
-        few = rows[:: -(-len(rows) // MOST_EXAMINED_ONLINE)]
-        splits = {"validation": validation} if validation else {"train": few}
-    asked = [example for examples in splits.values() for example in examples]
-    states = remembered(config.states, teacher, asked, given, job.work / "states", job)
-    exams = {split: examine(states, examples) for split, examples in splits.items() if examples}
-    _tell(exams, splits, dataset, tokenizer, states, out, report, job)
-    gate(*("validation", exams["validation"]) if "validation" in exams else ("training", exams["train"]),
-         config.min_teacher_accuracy, config.max_teacher_loss)  # fmt: skip
+        job.log("the teacher stays in memory: nothing is cached, and its accuracy on the training rows is not measured")
+        sample = rows[:: -(-len(rows) // MAX_ACCURACY_ROWS)]
+        splits = {"validation": validation} if validation else {"train": sample}
+    measured = [example for examples in splits.values() for example in examples]
+    cache = fill_cache(config.teacher_cache, teacher, measured, cache_path, job.work / "teacher-cache", job)
+    accuracies = {split: measure_accuracy(cache, examples) for split, examples in splits.items() if examples}
+    _report(accuracies, splits, dataset, tokenizer, cache, out, report, job)
+    split, name = ("validation", "validation") if validation else ("train", "training")
+    require_accuracy(name, accuracies[split], config.min_teacher_accuracy, config.max_teacher_loss)
     if config.teacher_online:
         if config.wrong_row_weight != 1:
-            report.warnings.append("wrong_row_weight is not used: teacher_online examines no training rows")
-        return Lessons(rows, Online(load_teacher(teacher, config.states)))
-    wrong, weight = set(exams["train"].wrong), config.wrong_row_weight
+            report.warnings.append("wrong_row_weight is not used: teacher_online measures no accuracy on training rows")
+        return TeacherTargets(rows, LiveTeacher(load_teacher(teacher, config.teacher_cache)))
+    wrong, weight = set(accuracies["train"].wrong), config.wrong_row_weight
     if weight == 0 and wrong:
         rows = [example for row, example in enumerate(rows) if row not in wrong]
         report.warnings.append(f"{len(wrong)} training rows that the teacher gets wrong are left out")
         if not rows:
             raise BadData("the teacher gets every training row wrong: set wrong_row_weight above 0, or train it longer")
-    taught = Remembered(states, [*rows, *validation], config.temperature)
+    cached_teacher = CachedTeacher(cache, [*rows, *validation], config.temperature)
     if 0 < weight < 1:
-        taught.weights = [weight if row in wrong else 1.0 for row in range(len(rows))] + [1.0] * len(validation)
-    return Lessons(rows, taught)
+        row_weights = [weight if row in wrong else 1.0 for row in range(len(rows))]
+        cached_teacher.row_weights = row_weights + [1.0] * len(validation)
+    return TeacherTargets(rows, cached_teacher)
 
 
-def _tell(
-    exams: dict[str, Exam], splits: dict[str, list[Example]], dataset: Path, tokenizer: PreTrainedTokenizerBase,
-    states: States, out: Path, report: Report, job: Job,
+def _report(
+    accuracies: dict[str, TeacherAccuracy], splits: dict[str, list[Example]], dataset: Path,
+    tokenizer: PreTrainedTokenizerBase, cache: TeacherCache, out: Path, report: Report, job: Job,
 ) -> None:  # fmt: skip
-    """The exams' numbers and pages; a warning for validation rows that the teacher gets wrong."""
-    told: dict[str, tuple[Exam, Sequence[Example], Sequence[int]]] = {}
-    for split, exam in exams.items():
+    """Puts the teacher's accuracy into the report, its pages and the log."""
+    measured: dict[str, Measured] = {}
+    for split, accuracy in accuracies.items():
         numbers = row_numbers(dataset / f"{split}.jsonl", tokenizer, splits[split])
-        told[split] = (exam, splits[split], numbers)
-        own = {f"teacher_{split}_loss": exam.loss, f"teacher_{split}_accuracy": exam.accuracy}
-        report.metrics |= own
-        report.facts |= {name: round(value, 4) for name, value in own.items()}
+        measured[split] = (accuracy, splits[split], numbers)
+        metrics = {f"teacher_{split}_loss": accuracy.loss, f"teacher_{split}_accuracy": accuracy.accuracy}
+        report.metrics |= metrics
+        report.facts |= {name: round(value, 4) for name, value in metrics.items()}
+        wrong = ", ".join(str(numbers[row]) for row in accuracy.wrong[:8])
         job.log(
-            f"the teacher gets {len(exam.wrong)} of {len(exam.mistakes)} {split} rows wrong"
-            + (f", rows {', '.join(str(numbers[row]) for row in exam.wrong[:8])} first" if exam.wrong else "")
+            f"the teacher gets {len(accuracy.wrong)} of {len(accuracy.mistakes)} {split} rows wrong"
+            + (f", rows {wrong} first" if wrong else "")
         )
-    write_exam(out, told, states, tokenizer)
+    write_accuracy_report(out, measured, cache, tokenizer)

@@ -1,7 +1,7 @@
-"""A student with a smaller vocabulary: made, shown to split data as before, taught by a teacher with the whole one.
+"""Reduces the student's vocabulary and verifies that the data are tokenized as before.
 
-The teacher goes on reading its own ids. Its head keeps the rows of the kept pieces, so that its softmax is the whole
-distribution restricted to them and renormalised, exactly.
+The teacher still reads its own ids. Its head is cut to the rows of the student's pieces, so that its softmax is exactly
+its full distribution restricted to them and renormalised.
 """
 
 from collections import Counter
@@ -18,7 +18,7 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import read_rows
 from tasks.distill import DistillConfig
-from tasks.distill.vocabulary import Pieces, choose
+from tasks.distill.vocabulary import Pieces, choose_pieces
 from tasks.distill.vocabulary_files import config_ids, write_trimmed
 from tasks.engine.data.chat_template import IGNORE, Example, encode
 from tasks.engine.data.tokenizers import load_tokenizer
@@ -27,23 +27,26 @@ from tasks.engine.losses.loss_mix import Head
 from tasks.engine.weights.safetensors_reader import stored_tensors
 
 PROBE = 'Turn  valve 17 on:\n\t{"intent": "Größe №5 🔧", "entities": {}}\r\n<b>Ωmega</b> ⅓ 東京 \x07'
-SEEN = ("train.jsonl", "validation.jsonl", "calibration.jsonl")  # not the held-out rows: they tell what it costs
+CHECKED_FILES = ("train.jsonl", "validation.jsonl", "calibration.jsonl")  # held-out rows measure the cost
 
 
-class Trimmed(NamedTuple):
-    """The trimmed student, and the old ids of its pieces in their new order."""
+class TrimmedVocabulary(NamedTuple):
+    """The trimmed student, and the teacher's ids of its pieces: piece i was `piece_ids[i]`."""
 
     student: ModelDir
-    kept: list[int]
+    piece_ids: list[int]
 
     def examples(self, examples: Iterable[Example]) -> list[Example]:
-        """Examples in old ids, in new ones."""
-        new = {old: place for place, old in enumerate(self.kept)} | {IGNORE: IGNORE}
-        return [Example([new[i] for i in one.input_ids], [new[i] for i in one.labels]) for one in examples]
+        """The examples with the student's ids in place of the teacher's."""
+        new_ids = {old: index for index, old in enumerate(self.piece_ids)} | {IGNORE: IGNORE}
+        return [
+            Example([new_ids[i] for i in example.input_ids], [new_ids[i] for i in example.labels])
+            for example in examples
+        ]
 
     def head(self, head: Head) -> Head:
-        """The rows (kept, H) of the teacher's head (V, H)."""
-        return Head(head.weight[torch.tensor(self.kept, device=head.weight.device)], head.softcap)
+        """The teacher's head (W, G) cut to the student's pieces (V, G)."""
+        return Head(head.weight[torch.tensor(self.piece_ids, device=head.weight.device)], head.softcap)
 
 
 def trim(
@@ -54,11 +57,11 @@ def trim(
     texts: Path | None,
     report: Report,
     job: Job,
-) -> Trimmed | None:
-    """The student with `config.vocabulary` pieces, below `job.work`; None when it keeps them all.
+) -> TrimmedVocabulary | None:
+    """The student with `config.vocabulary` pieces, written below `job.work`; None where that is null.
 
-    `texts` (a file or a directory of files) ranks what the data do not need. Raises BadConfig when the data need more
-    pieces, GateFailed when text is not split or spelt as before.
+    `texts` (a file or a directory of files) ranks the pieces that the data do not use. Raises BadConfig when the data
+    use more pieces, GateFailed when text is not tokenized or decoded as before.
     """
     if config.vocabulary is None:
         if texts is not None:
@@ -69,48 +72,52 @@ def trim(
     pieces = Pieces(student.base / "tokenizer.model")
     rows = min(stored.shape[0] for name, stored in stored_tensors(student.base).items() if "embed_tokens" in name)
     data = _ids(tokenizer, dataset)
-    needed = {index for ids in data for index in ids} | config_ids(student.base, rows)
-    needed |= {index for index in tokenizer.all_special_ids if index < rows}
-    counted = Counter(i for line in _lines(texts) for i in tokenizer(line, add_special_tokens=False)["input_ids"])
-    wanted = sorted(counted, key=lambda index: (-counted[index], index))
-    kept = choose(pieces, needed, wanted, config.vocabulary, rows)
-    own = job.work / (f"trimmed-{ranks.rank()}" if ranks.rank() else "trimmed")
-    trimmed = Trimmed(write_trimmed(student.base, pieces, kept, own), kept)
-    small = load_tokenizer(trimmed.student, config.chat_template)
-    _prove(tokenizer, small, trimmed, dataset, data)
-    before, after = (_held_out_tokens(one, dataset) for one in (tokenizer, small))
+    used = {index for ids in data for index in ids} | config_ids(student.base, rows)
+    used |= {index for index in tokenizer.all_special_ids if index < rows}
+    counts = Counter(i for line in _lines(texts) for i in tokenizer(line, add_special_tokens=False)["input_ids"])
+    by_frequency = sorted(counts, key=lambda index: (-counts[index], index))
+    piece_ids = choose_pieces(pieces, used, by_frequency, config.vocabulary, rows)
+    directory = job.work / (f"trimmed-{ranks.rank()}" if ranks.rank() else "trimmed")
+    trimmed = TrimmedVocabulary(write_trimmed(student.base, pieces, piece_ids, directory), piece_ids)
+    trimmed_tokenizer = load_tokenizer(trimmed.student, config.chat_template)
+    _require_same_tokens(tokenizer, trimmed_tokenizer, trimmed, dataset, data)
+    before, after = (_held_out_tokens(each, dataset) for each in (tokenizer, trimmed_tokenizer))
     job.log(
-        f"{len(kept)} of {rows} pieces are kept, {len(needed)} of them used by the data; held-out rows take {after} "
-        f"tokens in place of {before}"
+        f"the vocabulary has {len(piece_ids)} of {rows} pieces, {len(used)} of them used by the data; held-out rows "
+        f"take {after} tokens in place of {before}"
     )
-    numbers = {"rows": len(kept), "rows_before": rows, "used_by_data": len(needed)}
-    report.details["vocabulary"] = numbers | {"held_out_tokens": after, "held_out_tokens_before": before}
-    if counted:
-        report.details["vocabulary"]["texts_covered"] = sum(counted[i] for i in kept) / counted.total()
+    sizes = {"rows": len(piece_ids), "rows_before": rows, "used_by_data": len(used)}
+    report.details["vocabulary"] = sizes | {"held_out_tokens": after, "held_out_tokens_before": before}
+    if counts:
+        report.details["vocabulary"]["texts_covered"] = sum(counts[i] for i in piece_ids) / counts.total()
     return trimmed
 
 
-def _prove(
+def _require_same_tokens(
     tokenizer: PreTrainedTokenizerBase,
-    small: PreTrainedTokenizerBase,
-    trimmed: Trimmed,
+    trimmed_tokenizer: PreTrainedTokenizerBase,
+    trimmed: TrimmedVocabulary,
     dataset: Path,
     data: Sequence[list[int]],
 ) -> None:
-    new = {old: place for place, old in enumerate(trimmed.kept)}
-    for number, (old, ids) in enumerate(zip(data, _ids(small, dataset), strict=True), start=1):
-        if ids != [new[index] for index in old]:
+    """Raises GateFailed where the trimmed tokenizer gives a row other pieces, or text another round trip."""
+    new_ids = {old: index for index, old in enumerate(trimmed.piece_ids)}
+    for number, (old, ids) in enumerate(zip(data, _ids(trimmed_tokenizer, dataset), strict=True), start=1):
+        if ids != [new_ids[index] for index in old]:
             raise GateFailed(
-                f"vocabulary: row {number} of {', '.join(SEEN)} is split otherwise by the trimmed tokenizer: "
-                f"{small.convert_ids_to_tokens(ids)[:20]} for {tokenizer.convert_ids_to_tokens(old)[:20]}"
+                f"vocabulary: row {number} of {', '.join(CHECKED_FILES)} is tokenized differently by the trimmed "
+                "tokenizer: "
+                f"{trimmed_tokenizer.convert_ids_to_tokens(ids)[:20]} for {tokenizer.convert_ids_to_tokens(old)[:20]}"
             )
-    spelt = [str(one.decode(one(PROBE, add_special_tokens=False)["input_ids"])) for one in (tokenizer, small)]
-    if spelt[0] != spelt[1]:
-        raise GateFailed(f"vocabulary: the trimmed tokenizer spells {spelt[0]!r} as {spelt[1]!r}")
+    expected, decoded = (
+        str(each.decode(each(PROBE, add_special_tokens=False)["input_ids"])) for each in (tokenizer, trimmed_tokenizer)
+    )
+    if decoded != expected:
+        raise GateFailed(f"vocabulary: the trimmed tokenizer decodes {expected!r} as {decoded!r}")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, dataset: Path) -> list[list[int]]:
-    files = [dataset / name for name in SEEN if (dataset / name).is_file()]
+    files = [dataset / name for name in CHECKED_FILES if (dataset / name).is_file()]
     return [encode(tokenizer, row).input_ids for file in files for row in read_rows(file)]
 
 

@@ -1,4 +1,4 @@
-"""A dataset, a teacher that has learnt it, its states, and a student: made once for all tests here."""
+"""A dataset, a teacher fine-tuned on it, its cache, and a student: made once for all tests here."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.teacher import FineTuneConfig
 from tasks.teacher.run import fine_tune
-from tests.distill.runs import kept
+from tests.distill.runs import cached
 from tests.engine.rows import example_dataset
 from tests.pico import pico_model
 
@@ -18,7 +18,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory, dataset):
-    """A base that has learnt how answers look, and an adapter that has learnt a little more."""
+    """A base trained on the dataset, and an adapter trained a little further."""
     random, base, adapter = (tmp_path_factory.mktemp(name) for name in ("random", "base", "adapter"))
     settings = dict(rank=8, learning_rate=5e-3, batch_size=8, micro_batch_size=8)
     for method, steps, start, out in [("full", 60, pico_model(random, hidden=64), base), ("lora", 5, base, adapter)]:
@@ -33,5 +33,5 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def states(tmp_path_factory, teacher, dataset):
-    return kept(tmp_path_factory.mktemp("states"), teacher, dataset)
+def cache(tmp_path_factory, teacher, dataset):
+    return cached(tmp_path_factory.mktemp("cache"), teacher, dataset)

@@ -1,4 +1,4 @@
-"""The stage and the teacher's pass run with a few settings, and what they told."""
+"""Runs of the distill stage and of the teacher cache with a few settings, and their events."""
 
 import json
 from pathlib import Path
@@ -8,22 +8,24 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.distill import DistillConfig
 from tasks.distill.run import distil
-from tasks.distill.teacher_cache import StatesConfig
-from tasks.distill.teacher_cache.run import remember
+from tasks.distill.teacher_cache import TeacherCacheConfig
+from tasks.distill.teacher_cache.run import cache_teacher
 
 SETTINGS = dict(rank=4, learning_rate=5e-3, batch_size=8, micro_batch_size=8, max_steps=12)
 
 
-def kept(directory: Path, teacher: ModelDir, dataset: Path, known: Path | None = None, **settings) -> Path:
-    remember(StatesConfig(**settings), teacher, dataset, directory, Job(directory / "work"), known)
+def cached(directory: Path, teacher: ModelDir, dataset: Path, previous: Path | None = None, **settings) -> Path:
+    cache_teacher(TeacherCacheConfig(**settings), teacher, dataset, directory, Job(directory / "work"), previous)
     return directory
 
 
-def run(student: ModelDir, teacher: ModelDir, dataset: Path, directory: Path, states=None, **settings) -> Report:
+def run(
+    student: ModelDir, teacher: ModelDir, dataset: Path, directory: Path, cache: Path | None = None, **settings
+) -> Report:
     out = directory / "out"
     out.mkdir(parents=True)
     config = DistillConfig(**(SETTINGS | settings))
-    return distil(config, student, teacher, dataset, out, Job(directory / "work"), states=states)
+    return distil(config, student, teacher, dataset, out, Job(directory / "work"), teacher_cache=cache)
 
 
 def events(work: Path, kind: str) -> list[dict]:

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 from tasks.core.errors import BadConfig, Preempted
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import write_rows
 from tasks.distill import DistillConfig
-from tasks.distill.grid import Grid, block_kinds
+from tasks.distill.grid import GgufGrid, block_kinds
 from tasks.distill.run import distil
 from tasks.engine.models.load import load_model
 from tasks.engine.runtimes.ggml_blocks import on_grid
@@ -22,6 +21,7 @@ from tasks.merge import MergeConfig
 from tasks.merge.run import merge
 from tests.engine.rows import example_dataset, example_rows
 from tests.pico import pico_model
+from tests.rows import write_rows
 
 SETTINGS = dict(learning_rate=1e-3, batch_size=8, micro_batch_size=4, max_steps=6)
 
@@ -84,10 +84,10 @@ def test_the_loss_sees_the_grid_late_and_the_optimizer_never(student):
     model = load_model(student, "float32", "cpu")
     trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     config = DistillConfig(grid="Q4_0", grid_fraction=0.25)
-    grid, kinds = Grid(model, config, steps=8), block_kinds(model, "Q4_0", "Q8_0")
-    with grid.during(step=5):
+    grid, kinds = GgufGrid(model, config, steps=8), block_kinds(model, "Q4_0", "Q8_0")
+    with grid.swapped_in(step=5):
         assert all(torch.equal(parameter, trained[name]) for name, parameter in model.named_parameters())
-    with grid.during(step=6):
+    with grid.swapped_in(step=6):
         for name, parameter in model.named_parameters():
             expected = on_grid(trained[name], kinds[name]) if name in kinds else trained[name]
             assert torch.equal(parameter, expected)

@@ -14,21 +14,22 @@ from tasks.core.command import Report
 from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import write_rows
 from tasks.distill import DistillConfig
 from tasks.distill.run import distil
-from tasks.distill.vocabulary import Pieces, choose
+from tasks.distill.vocabulary import Pieces, choose_pieces
 from tasks.distill.vocabulary_files import trimmed_model
-from tasks.distill.vocabulary_trim import PROBE, Trimmed, trim
+from tasks.distill.vocabulary_trim import PROBE, TrimmedVocabulary, trim
 from tasks.engine.data.chat_template import Example
-from tasks.engine.losses import Head
-from tasks.engine.models.load import load_model, load_tokenizer
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.losses.loss_mix import Head
+from tasks.engine.models.load import load_model
 from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tasks.merge import MergeConfig
 from tasks.merge.run import merge
 from tests.engine.rows import example_dataset, example_rows
+from tests.rows import write_rows
 
 STUDENT = ModelDir(Path(__file__).parents[2] / "deployments" / "quickstart" / "student")  # 2 048 pieces
 TEXTS = ["Measure pump 7 again.", "the seal of mixer M-3 leaks oil", '{"intent": "x"}', "a", " ", "\n\n", PROBE]
@@ -43,7 +44,7 @@ def dataset(tmp_path_factory):
 
 def trimmed(
     dataset: Path, work: Path, size: int = 700, texts: Path | None = None, student: ModelDir = STUDENT
-) -> tuple[Trimmed, Report]:
+) -> tuple[TrimmedVocabulary, Report]:
     report = Report()
     config = DistillConfig(vocabulary=size)
     made = trim(config, student, load_tokenizer(STUDENT), dataset, texts, report, Job(work))
@@ -59,7 +60,7 @@ def test_text_of_kept_pieces_is_split_as_before_whatever_else_is_dropped():
     chosen = random.Random(0)
     compared = 0
     for _ in range(5):
-        kept = choose(pieces, chosen.sample(pieces.normal, 300), chosen.sample(pieces.normal, 400), 1100, 2048)
+        kept = choose_pieces(pieces, chosen.sample(pieces.normal, 300), chosen.sample(pieces.normal, 400), 1100, 2048)
         few = sentencepiece.SentencePieceProcessor(model_proto=trimmed_model(pieces, kept))
         assert few.vocab_size() == len(kept) == 1100
         for _ in range(200):
@@ -74,7 +75,7 @@ def test_text_of_kept_pieces_is_split_as_before_whatever_else_is_dropped():
 
 def test_every_file_names_the_new_ids_and_the_weights_are_the_kept_rows(dataset, tmp_path):
     made, report = trimmed(dataset, tmp_path)
-    kept, directory = made.kept, made.student.base
+    kept, directory = made.piece_ids, made.student.base
     assert len(kept) == 700 and report.details["vocabulary"]["used_by_data"] < 200
     old, new = load_tokenizer(STUDENT), load_tokenizer(made.student)
     assert new.convert_ids_to_tokens(list(range(700))) == old.convert_ids_to_tokens(kept)
@@ -100,7 +101,7 @@ def test_a_frequency_list_ranks_what_the_data_do_not_need(dataset, tmp_path):
     plain, _ = trimmed(dataset, tmp_path / "plain", 600)
     asked, report = trimmed(dataset, tmp_path / "asked", 600, texts)
     words = load_tokenizer(STUDENT)("supervisor calibration", add_special_tokens=False)["input_ids"]
-    assert set(words) <= set(asked.kept) and not set(words) <= set(plain.kept)
+    assert set(words) <= set(asked.piece_ids) and not set(words) <= set(plain.piece_ids)
     assert report.details["vocabulary"]["texts_covered"] == 1
 
 
@@ -108,7 +109,7 @@ def test_the_teacher_is_restricted_and_renormalised_exactly():
     torch.manual_seed(0)
     head, hidden = Head(torch.randn(50, 8), 5.0), torch.randn(4, 8)
     kept = sorted(random.Random(0).sample(range(50), 20))
-    made = Trimmed(STUDENT, kept)
+    made = TrimmedVocabulary(STUDENT, kept)
     whole = head.logits(hidden).softmax(-1)[:, kept]
     assert torch.allclose(made.head(head).logits(hidden).softmax(-1), whole / whole.sum(-1, keepdim=True), atol=1e-6)
     example = Example([kept[3], kept[0], kept[7]], [-100, kept[0], kept[7]])
@@ -153,6 +154,6 @@ def test_what_cannot_be_trimmed_is_refused(dataset, tmp_path):
 
 
 def test_pieces_that_miss_their_joins_are_noticed(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(Pieces, "way", lambda self, index: {index})
-    with pytest.raises(GateFailed, match=r"row 1 of train.jsonl.*is split otherwise by the trimmed tokenizer"):
+    monkeypatch.setattr(Pieces, "merge_path", lambda self, index: {index})
+    with pytest.raises(GateFailed, match=r"row 1 of train.jsonl.*is tokenized differently by the trimmed tokenizer"):
         trimmed(dataset, tmp_path)

@@ -1,18 +1,18 @@
-"""The teacher itself, loaded as the config says and shown to be what its body and its head make of it."""
+"""Loads the teacher and checks that decoder and LM head, run apart, give the model's own logits."""
 
 import torch
 from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
-from tasks.distill.teacher_cache import StatesConfig
+from tasks.distill.teacher_cache import TeacherCacheConfig
 from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.lm_head import check_head
 from tasks.engine.models.load import load_model
 
 
-def load_teacher(teacher: ModelDir, config: StatesConfig) -> PreTrainedModel:
-    """The teacher, ready to be asked. Raises BadConfig when body and head taken apart are not the model."""
+def load_teacher(teacher: ModelDir, config: TeacherCacheConfig) -> PreTrainedModel:
+    """The teacher in the config's precision. Raises BadConfig when decoder and head apart do not give its logits."""
     device, precision = pick_device(), config.teacher_precision
     bits = {"8bit": 8, "4bit": 4}.get(precision)
     if bits and device != "cuda":
@@ -27,7 +27,7 @@ def load_teacher(teacher: ModelDir, config: StatesConfig) -> PreTrainedModel:
 
 @torch.no_grad()
 def clip_norms(model: PreTrainedModel, quantile: float) -> float:
-    """Clips every norm's weights to the quantile of all their absolute values, which is returned."""
+    """Clips all norms' weights at a quantile of their absolute values; returns that limit."""
     norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight")]
     limit = float(torch.cat([p.flatten().float().abs() for p in norms]).quantile(quantile))
     for parameter in norms:

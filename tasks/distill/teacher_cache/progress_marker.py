@@ -1,36 +1,40 @@
-"""How far the teacher's pass over the rows has come: marked on the disk, so that a later try goes on from there."""
+"""How many rows of a teacher pass are on disk, so that an interrupted pass resumes behind them."""
 
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-from tasks.distill.teacher_cache.hidden_states import sync
+from tasks.distill.teacher_cache.cache_files import sync
 
 SECONDS_BETWEEN_MARKS = 10.0
+MARKER = "mark.json"
 
 
-class Mark:
-    """How many rows are on the disk, for a later try of the same work."""
+class ProgressMarker:
+    """Marker file of a directory: the `work` that its files belong to and how many rows are written.
+
+    A directory of other work is emptied.
+    """
 
     def __init__(self, directory: Path, work: dict[str, Any]) -> None:
-        self.directory, self.path, self.work, self.done = directory, directory / "mark.json", work, 0
-        self.at = time.monotonic()
-        if self.path.is_file() and (read := json.loads(self.path.read_text()))["work"] == work:
-            self.done = int(read["done"])
+        self.directory, self.path, self.work, self.rows = directory, directory / MARKER, work, 0
+        self.marked_at = time.monotonic()
+        if self.path.is_file() and (content := json.loads(self.path.read_text()))["work"] == work:
+            self.rows = int(content["done"])
         else:
             for path in directory.iterdir():
                 path.unlink()
 
-    def maybe(self, done: int) -> None:
-        """Marks `done` rows every few seconds."""
-        if time.monotonic() - self.at > SECONDS_BETWEEN_MARKS:
-            self.set(done)
+    def mark_periodically(self, rows: int) -> None:
+        """Marks `rows` every few seconds."""
+        if time.monotonic() - self.marked_at > SECONDS_BETWEEN_MARKS:
+            self.mark(rows)
 
-    def set(self, done: int) -> None:
-        """Marks `done` rows; they are on the disk before the mark says so."""
+    def mark(self, rows: int) -> None:
+        """Marks that `rows` are written, after they are flushed to disk."""
         sync(self.directory)
         temporary = self.directory / "mark.tmp"
-        temporary.write_text(json.dumps({"work": self.work, "done": done}))
+        temporary.write_text(json.dumps({"work": self.work, "done": rows}))
         temporary.replace(self.path)
-        self.at = time.monotonic()
+        self.marked_at = time.monotonic()

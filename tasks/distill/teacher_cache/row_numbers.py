@@ -1,4 +1,4 @@
-"""Where an example stands in its file, when rows were left out."""
+"""Row numbers of examples in their file, from which some rows were left out."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ def row_numbers(path: Path, tokenizer: PreTrainedTokenizerBase, examples: Sequen
         lines = sum(1 for _ in file)
     if lines == len(examples):
         return list(range(1, lines + 1))
-    end, numbers, at = end_of_turn_id(tokenizer), list[int](), 0
+    end, numbers, index = end_of_turn_id(tokenizer), list[int](), 0
     for number, row in enumerate(read_rows(path), start=1):  # rows that were too long are not among the examples
-        if at < len(examples) and encode(tokenizer, row, end) == examples[at]:
+        if index < len(examples) and encode(tokenizer, row, end) == examples[index]:
             numbers.append(number)
-            at += 1
+            index += 1
     return numbers
