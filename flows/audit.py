@@ -1,4 +1,4 @@
-"""What would quantization break in these models, and why? Any number of them, side by side.
+"""Audits any number of models for what quantization would break in them, side by side.
 
 python -m flows.audit deployments/presets/audit.yaml
 
@@ -28,7 +28,7 @@ from tasks.outliers.task import find_outliers
 
 
 class AuditConfig(FlowConfig):
-    """What quantization would break in any number of models. Without rows only their weights are looked at."""
+    """What quantization would break in any number of models. Without rows only their weights are audited."""
 
     model_config = ConfigDict(title="Audit")
 
@@ -37,7 +37,7 @@ class AuditConfig(FlowConfig):
     revision: dict[str, str] = {}
     """Hub revisions to pin, by hub name."""
     train: str | None = None
-    """Rows like those the model will meet: what flows through it is measured on a sample of them."""
+    """Rows like those the model will meet: activations are measured on a sample of them."""
     test: str | None = None
     """Held-out rows for the trials in float16, 8-bit activations and so on; else a part of `train` is held back."""
     ingest: IngestConfig = IngestConfig(allow_few_rows=True)
@@ -57,7 +57,7 @@ class AuditConfig(FlowConfig):
 
 @flow(name="stillhouse-audit", validate_parameters=True, persist_result=False)
 def audit(config: AuditConfig) -> dict[str, Any]:
-    """Looks at every model, and says for every deployment target whether it is safe, because of what, and what to do.
+    """Audits every model: for every deployment target whether it is safe, the reasons, and what to do.
 
     Returns `targets` (rows of the verdict's table), `sentences`, and the directory of the report.
     """

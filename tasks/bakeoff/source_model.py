@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.engine.models.model_config import model_class, read_config
+from tasks.engine.models.quantized_loading import set_compute_dtype
 
 
 class QuantizedModel(NamedTuple):
@@ -30,7 +31,9 @@ class SourceModel(NamedTuple):
         """The model in `dtype`; `options` go to `from_pretrained`."""
         loader = model_class(read_config(self.directory))
         options = {"dtype": self.dtype, "device_map": {"": self.device}, "local_files_only": True} | options
-        return cast(PreTrainedModel, loader.from_pretrained(self.directory, **options).eval())
+        model = cast(PreTrainedModel, loader.from_pretrained(self.directory, **options).eval())
+        set_compute_dtype(model, self.dtype)  # 4-bit layers multiply as stored on CPUs, too
+        return model
 
     def calibrate(self, model: PreTrainedModel) -> None:
         """Runs the calibration rows through a model."""

@@ -59,7 +59,7 @@ def merge(config: MergeConfig, model: ModelDir, dataset: Path, out: Path, job: J
         return Report(facts=facts, warnings=["there was no adapter: the model is its base, copied"])
     agreement = compare(config, model, dataset, out, job)
     job.metrics(0, **agreement.metrics())
-    agreement.gate("the merged model", config.max_mean_kl, config.min_top1)
+    agreement.require("the merged model", config.max_mean_kl, config.min_top1)
     return Report(facts={**facts, "mean_kl": agreement.mean_kl, "top1": agreement.top1}, metrics=agreement.metrics())
 
 

@@ -1,4 +1,4 @@
-"""Outliers: what quantization could break in a model, in which tensor, where it came from, and what to do about it."""
+"""Outlier audit: finds what quantization would break in a model, in which tensor, since when, and the remedy."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from tasks.core.config import RUN_WIDE, MoreThan, OnlyWith, StageConfig
 
 
 class OutlierConfig(StageConfig):
-    """How closely models are searched for what quantization would break, and how much of it is shown."""
+    """How closely models are audited for what quantization would break, and how much of it the report lists."""
 
     sigmas: float = Field(default=6.0, gt=0)
     """A value further from the tensor's mean than this many standard deviations is counted as an outlier."""
@@ -19,9 +19,9 @@ class OutlierConfig(StageConfig):
     sample_values: int = Field(default=32_768, ge=0)
     """Values of each matrix on which the error of each format is measured, in rows spread over it; 0 for none."""
     focus: str = "student"
-    """The model to deliver: its importance matrix is written. Without one of this name it is the last one given."""
+    """The model to deliver, for which an importance matrix is written; the last one where none has this name."""
     calibration_rows: int = Field(default=128, ge=0)
-    """Rows whose activations are looked at, of `calibration.jsonl` or else `train.jsonl`; 0 for weights alone."""
+    """Rows on which activations are measured, of `calibration.jsonl` or else `train.jsonl`; 0 for weights alone."""
     max_length: Annotated[int, RUN_WIDE] = Field(default=2048, ge=16)
     """Longer calibration rows are cut to this many tokens."""
     measure: Annotated[Literal["focus", "all", "none"], OnlyWith("calibration_rows", MoreThan(0))] = "focus"
@@ -29,6 +29,6 @@ class OutlierConfig(StageConfig):
     measured_rows: Annotated[int, OnlyWith("measure", ("focus", "all"))] = Field(default=16, ge=1)
     """Held-out rows of each trial."""
     margin: Annotated[float, OnlyWith("calibration_rows", MoreThan(0))] = Field(default=2.0, ge=1)
-    """How far below a limit the largest activation has to stay to count as safe: other rows may reach higher."""
+    """Factor by which the largest activation must stay below a limit to be safe: other rows may reach higher."""
     clip_percentile: Annotated[float, OnlyWith("measure", ("focus", "all"))] = Field(default=99.0, gt=0, le=100)
-    """The percentile at which clipping limits a norm's gains, where it is tried."""
+    """Percentile at which the clipping trial limits a norm's gains."""

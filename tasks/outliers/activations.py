@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.job import Job
+from tasks.engine.models.families import family_of
 from tasks.outliers.activation_statistics import ActivationStatistics, ChannelStatistics, LayerStatistics, Peak
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
-TOWER = re.compile(r"vision|audio")
 
 
 @dataclass
@@ -54,13 +54,14 @@ def observe(model: PreTrainedModel, rows: list[list[int]], job: Job, label: str)
 @contextmanager
 def activation_hooks(model: nn.Module, statistics: ActivationStatistics, current: CurrentRow) -> Iterator[None]:
     """Hooks on every linear layer, norm and decoder layer of the text model while the block runs."""
+    family = family_of(cast(Any, model).config.model_type)
     with ExitStack() as stack:
 
         def add(handle: Any) -> None:
             stack.callback(handle.remove)
 
         for name, module in model.named_modules():
-            if TOWER.search(name) or name.endswith("lm_head"):
+            if family.is_tower(name) or name.endswith("lm_head"):
                 continue
             if isinstance(module, nn.Linear):
                 channels = ChannelStatistics(

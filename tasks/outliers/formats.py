@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tasks.engine.runtimes.ggml import round_trip
-from tasks.engine.runtimes.ggml_types import FLOATS, fitting
+from tasks.engine.runtimes.ggml_types import FLOATS, fitting_type
 
 GGML = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_k": "Q4_K", "q6_k": "Q6_K"}
 FORMATS = (*GGML, "nf4", "int8")
@@ -49,7 +49,7 @@ def round_trip_rows(name: str, rows: Tensor) -> Tensor | None:
 
 def actual_type(kind: str, width: int) -> str | None:
     """The ggml type that rows of `width` values get when `kind` is requested; None where no block size divides it."""
-    actual = fitting(kind, width)
+    actual = fitting_type(kind, width)
     return None if actual in FLOATS else actual
 
 

@@ -6,6 +6,8 @@ Every function takes the JSON summary of `tasks.outliers.forward_pass.summarize`
 import math
 from typing import Any
 
+from tasks.engine.models.families.family import SANDWICH_NORMS
+
 Numbers = dict[str, Any]
 FLOAT16_MAX = 65504.0
 FLOAT8_MAX = 448.0  # e4m3
@@ -20,9 +22,8 @@ def rescale_factor(activations: Numbers, margin: float) -> float | None:
 
 def post_norms(activations: Numbers) -> dict[str, float]:
     """Peaks of the norms that write into the residual stream (Gemma 2 and 3), which a rescale scales as well."""
-    suffixes = ("post_attention_layernorm", "post_feedforward_layernorm")
     sandwich = any(name.endswith("pre_feedforward_layernorm") for name in activations["norms"])
-    return {name: peak for name, peak in activations["norms"].items() if sandwich and name.endswith(suffixes)}
+    return {name: peak for name, peak in activations["norms"].items() if sandwich and name.endswith(SANDWICH_NORMS)}
 
 
 def peaks(activations: Numbers) -> dict[str, float]:

@@ -15,17 +15,13 @@ from tasks.core.job import Job
 from tasks.engine.compare.agreement import answer_logits
 from tasks.engine.compare.changed_model import compare_answers
 from tasks.engine.data.chat_template import Example
+from tasks.engine.models.families import family_in
 from tasks.engine.models.tensor_names import gain_offset, is_norm
 from tasks.engine.weights.rescale import rescaling_factors
 from tasks.outliers.activation_statistics import ActivationStatistics
 from tasks.outliers.targets import AWQ_FOLD, NAIVE_AWQ_FOLD, STATIC_INT8, TOKEN_INT8
 
 Outcome = dict[str, float]
-# Norms and the linear layers that read them: what AWQ scales together. Gemma 2 and 3, then pre-norm blocks.
-FOLDS = (
-    ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-)
 FOLD_STRENGTH = 0.5  # AWQ searches 0 to 1 (arXiv 2306.00978); the middle is enough to see whether a fold is right
 
 
@@ -115,8 +111,9 @@ def awq_fold(model: PreTrainedModel, statistics: ActivationStatistics, base: Pat
     multiplies by w; where it multiplies by 1 + w that changes the model (vllm-project/llm-compressor#2102).
     """
     modules = dict(model.named_modules())
+    norm_readers = family_in(base).norm_readers
     for name in list(modules):
-        for norm, readers in FOLDS:
+        for norm, readers in norm_readers:
             if not name.endswith("." + norm):
                 continue
             layer = name.removesuffix("." + norm)

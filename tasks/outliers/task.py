@@ -14,5 +14,5 @@ from tasks.outliers import OutlierConfig
 def find_outliers(
     config: OutlierConfig, models: Mapping[str, AnyModel], dataset: DatasetRef | None = None
 ) -> ReportRef:
-    """What quantization would break in `models`, in their weights and, on a dataset's rows, in what flows through."""
+    """Audits the weights of `models` and, with a dataset, their activations for what quantization would break."""
     return run_stage("outliers", config, {"models": models, "dataset": dataset}, ReportRef, "outliers")

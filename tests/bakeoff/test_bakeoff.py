@@ -14,9 +14,9 @@ from tasks.bakeoff.run import bake
 from tasks.bakeoff.table import draw, gguf_row, happened, markdown
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import write_rows
 from tests.merge.test_merge import pico_rows
 from tests.planted import plant
+from tests.rows import write_rows
 
 STUDENT = Path("deployments/quickstart/student")
 UNSAFE = {"verdict": "unsafe", "because": ["the residual stream reaches 1e5"], "do": []}

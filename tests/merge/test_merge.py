@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import Message, Row, write_rows
+from tasks.core.rows import Message, Row
 from tasks.engine.compare.agreement import Agreement
 from tasks.engine.compare.agreement import test_rows as rows_held_out  # pytest collects test_*
 from tasks.engine.models.text_only import load_text_model
@@ -27,6 +27,7 @@ from tasks.merge.run import check_inventory, merge
 from tests.engine.weights.test_effective import adapter_of, peft_merge
 from tests.gguf.architectures import gemma3n
 from tests.pico import pico_model
+from tests.rows import write_rows
 
 # A random model's logits lie so close together that rounding to bfloat16 changes the first of them now and then.
 LOOSE = {"min_top1": 0.7, "gate_rows": 6}
@@ -235,7 +236,7 @@ def test_agreement_is_the_textbook_kl() -> None:
     assert agreement.top1 == 0.5
     agreement.add(p[:1].log(), torch.tensor([[float("nan"), 1.0, 1.0]]))
     with pytest.raises(GateFailed, match="1 tokens with NaN"):
-        agreement.gate("it", max_mean_kl=9, min_top1=0)
+        agreement.require("it", max_mean_kl=9, min_top1=0)
 
 
 def test_held_out_rows_are_spread(dataset: Path) -> None:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import write_rows
 from tasks.engine.data.chat_template import encode
 from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.models.load import load_model
@@ -23,6 +22,7 @@ from tasks.outliers.activations import LAYER
 from tasks.outliers.run import find_outliers
 from tests.merge.test_merge import pico_rows
 from tests.planted import plant
+from tests.rows import write_rows
 
 STUDENT = Path("deployments/quickstart/student")
 CONFIG = OutlierConfig(calibration_rows=8, measured_rows=6, sample_values=16_384)
