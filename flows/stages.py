@@ -1,5 +1,6 @@
 """Runs a flow's tasks one after the other, remembers how each went, and opens and ends the flow's MLflow run."""
 
+import io
 import re
 import time
 from pathlib import Path
@@ -7,11 +8,13 @@ from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 from prefect import Task, get_run_logger
-from prefect.artifacts import create_link_artifact
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.runtime import flow_run
+from rich.console import Console
 
 from flows.checks import idle
 from flows.flow_config import FlowConfig
+from flows.preflight import preflight, render, require_none_failed
 from tasks.core.errors import StageError
 from tasks.core.inputs import remove_unused_inputs
 from tasks.core.mlflow_run import Run
@@ -41,6 +44,7 @@ class Stages:
         logger = get_run_logger()
         for warning in self.warnings:
             logger.warning(warning)
+        self._preflight(logger)
         self.tracker: Tracker = tracker(self.settings, logger.warning)
         self.tracker.end_dead_runs()
         self.mlflow: Run = self.tracker.flow()
@@ -51,6 +55,19 @@ class Stages:
         if link:
             create_link_artifact(link, link_text="This run in MLflow", key="mlflow-run")
         return self
+
+    def _preflight(self, logger: Any) -> None:
+        """Checks the run before its first stage; raises BadConfig with every failed check and its remedy."""
+        if self.settings.preflight == "off":
+            return
+        checks = preflight(self._config, self.settings)
+        text = Console(file=io.StringIO(), width=110, record=True)
+        render(checks, text)
+        logger.info("%s", text.export_text())
+        rows = [check._asdict() for check in checks]
+        create_table_artifact(rows, key="preflight", description="What was checked before the run")
+        if self.settings.preflight == "stop":
+            require_none_failed(checks)
 
     def __call__(self, name: str, task: "Task[P, R]", *arguments: P.args, **options: P.kwargs) -> R:
         """The task's result; its name, seconds and whether it came from the cache are kept in `records`."""

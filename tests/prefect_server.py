@@ -4,10 +4,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
+
+from tests.waiting import wait_until
 
 
 class PrefectServer:
@@ -35,14 +36,15 @@ class PrefectServer:
             self._process = subprocess.Popen(
                 command, env=os.environ | self.environment, stdout=log, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                if httpx.get(f"{self.url}/health", timeout=2).is_success:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.3)
-        raise RuntimeError(f"the Prefect server did not start:\n{self._log.read_text()}")
+        wait_until(lambda: self._answers() or self._process.poll() is not None, 180, 0.3)
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the Prefect server did not start:\n{self._log.read_text()}")
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2).is_success
+        except httpx.TransportError:
+            return False
 
     def stop(self) -> None:
         """SIGTERM, and waits for it."""

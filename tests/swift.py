@@ -13,10 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from string import Template
 from typing import Any
+
+from tests.waiting import wait_until
 
 VERSION = "2.38.3"
 VENV = Path(__file__).parents[1] / ".venv-swift"
@@ -167,16 +168,10 @@ class Swift:
         return sorted((self.root / "devices").rglob("*.data"))
 
     def _wait_for(self, port: int) -> None:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                return
-            except OSError:
-                if any(process.poll() is not None for process in self._processes):
-                    break
-                time.sleep(0.05)
-        self.stop()
-        raise RuntimeError(f"Swift did not start:\n{(self.root / 'log').read_text()[-4000:]}")
+        wait_until(lambda: _listens(port) or any(process.poll() is not None for process in self._processes))
+        if not _listens(port):
+            self.stop()
+            raise RuntimeError(f"Swift did not start:\n{(self.root / 'log').read_text()[-4000:]}")
 
     def _configure(self) -> None:
         (self.root / "devices/disk").mkdir(parents=True)
@@ -208,3 +203,11 @@ if __name__ == "__main__":
         print("\n".join(f"export {name}={value}" for name, value in server.environment.items()), flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
         server.stop()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True

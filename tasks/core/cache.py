@@ -1,4 +1,4 @@
-"""A stage's cache key: its name, the code that makes its output, its config, its inputs' digests. Nothing else."""
+"""Cache key of a stage: sha256 of its name, the code that makes its output, its config and its inputs' digests."""
 
 import ast
 import hashlib
@@ -10,12 +10,12 @@ from pathlib import Path
 from tasks.core.config import StageConfig
 from tasks.core.refs import Ref
 
-# The shell's side of core: how a stage is watched, stored and shown does not change what it makes.
+# The shell's side of core: how a stage is supervised and stored does not change its output.
 NOT_CODE_OF_OUTPUT = {"tasks.core.errors", "tasks.core.job", "tasks.core.command", "tasks.core.provenance"}
 
 
 def cache_key(stage: str, config: StageConfig, inputs: Mapping[str, Ref | Mapping[str, Ref] | None]) -> str:
-    """sha256 (64 hex digits) over all that decides the output of `tasks.<stage>.run`."""
+    """The cache key (64 hex digits) of an output of `tasks.<stage>.run`."""
     parts = {
         "stage": stage,
         "code": code_digest(f"tasks.{stage}.run"),
@@ -27,35 +27,35 @@ def cache_key(stage: str, config: StageConfig, inputs: Mapping[str, Ref | Mappin
 
 def _digests(ref: "Ref | Mapping[str, Ref]") -> object:
     if isinstance(ref, Mapping):
-        return {name: _digests(one) for name, one in sorted(ref.items())}
+        return {name: _digests(value) for name, value in sorted(ref.items())}
     return [ref.digest, ref.base.digest] if ref.kind == "adapter" else ref.digest
 
 
 @lru_cache(maxsize=64)
 def code_digest(module: str) -> str:
-    """sha256 over the module's source and, through its imports, every module of `tasks` that it reaches.
+    """sha256 over the source of a module and of every module of `tasks` that it imports, directly or not.
 
     Comments, docstrings and formatting do not count: the syntax tree is hashed, not the text.
     """
-    sources = {name: ast.dump(tree) for name, tree in sorted(_reached(module).items())}
+    sources = {name: ast.dump(tree) for name, tree in sorted(_imported_sources(module).items())}
     return hashlib.sha256(json.dumps(sources).encode()).hexdigest()
 
 
-def _reached(module: str) -> dict[str, ast.Module]:
-    found: dict[str, ast.Module] = {}
+def _imported_sources(module: str) -> dict[str, ast.Module]:
+    trees: dict[str, ast.Module] = {}
     queue = [module]
     while queue:
         name = queue.pop()
         path = _source(name)
-        if path is None or name in found or name in NOT_CODE_OF_OUTPUT:
+        if path is None or name in trees or name in NOT_CODE_OF_OUTPUT:
             continue
         tree = ast.parse(path.read_bytes())
-        found[name] = _WithoutDocstrings().visit(tree)
+        trees[name] = _WithoutDocstrings().visit(tree)
         imported = list(_imports(tree))
         queue += imported
         if _discovers_modules(tree):
             queue += (module for package in imported for module in _modules(package))
-    return found
+    return trees
 
 
 def _discovers_modules(tree: ast.Module) -> bool:
@@ -82,7 +82,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _source(name: str) -> Path | None:
-    """The file of a module of `tasks`, found without importing anything; None for everything else."""
+    """The file of a module of `tasks`, located without importing anything; None for everything else."""
     if not name.startswith("tasks."):
         return None
     stem = Path(__file__).parents[2].joinpath(*name.split("."))

@@ -1,4 +1,4 @@
-"""Turns a stage's function into its command: `python -m tasks.<stage>.run CONFIG.json --input DIR --out DIR`.
+"""Command line of a stage, made from its function: `python -m tasks.<stage>.run CONFIG.json --input DIR --out DIR`.
 
     def fine_tune(config: FineTuneConfig, base: ModelDir, dataset: Path, out: Path, job: Job) -> Report: ...
 
@@ -8,8 +8,8 @@
 Every parameter but `config`, `out` and `job` is an input and becomes an option: `Path` or `ModelDir`
 (`--base DIR[+ADAPTER]`), either of them `| None` where it may be missing, or `dict[str, ModelDir]`
 (`--models NAME=DIR`, repeated). The output directory gets the stage's files, `provenance.json`, and `report.json`
-last: its presence says that the rest is whole. Exit codes are those of `tasks.core.errors`; what went wrong is in
-`<work>/error.json`, for the parent to tell.
+last: its presence says that the output is complete. Exit codes are those of `tasks.core.errors`; the error's message is
+in `<work>/error.json` for the parent.
 
 In several processes (`tasks.core.launch`) each sees one GPU, and only process 0 writes the output directory.
 """
@@ -32,16 +32,16 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.core.errors import BadConfig, BadData, DeviceLost, NoSpace, OutOfMemory, StageError
-from tasks.core.gpu_selection import restart_with_own_gpu
+from tasks.core.gpu_selection import restart_on_selected_gpu
 from tasks.core.job import Job
-from tasks.core.model_files import fault
+from tasks.core.model_files import find_defect
 from tasks.core.parent_process import die_with_parent, name_process
 from tasks.core.provenance import provenance
 from tasks.core.refs import Fact, ModelDir
 
 
 class Report(BaseModel):
-    """What a stage says of its work. Becomes `report.json`.
+    """Result of a stage's run, written to `report.json`.
 
     `facts` go into the ref (few, small, stable); `metrics` are final numbers for MLflow; `warnings` are sentences
     for a person; `details` is everything else, JSON.
@@ -56,10 +56,10 @@ class Report(BaseModel):
 
 
 def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None:
-    """Runs `stage` as the process's main program and exits with what happened."""
-    restart_with_own_gpu()
+    """Runs `stage` as the process's main program and exits with the code of what happened."""
+    restart_on_selected_gpu()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the stall watchdog asks for the stacks
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # sent by the parent when the command stalls
     die_with_parent()
     name_process("stage:" + Path(inspect.getfile(stage)).parent.name)
     hints = get_type_hints(stage)
@@ -84,22 +84,22 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
         seconds = {"seconds": round(time.time() - start, 3)}
         _write_json(out / "report.json", {"stage": stage.__name__, **seconds, **report.model_dump()})
         if rank == 0:
-            _say(report, out)
+            _print_summary(report, out)
     except BaseException as error:
-        known = _known(error)
-        if known is None:
+        failure = _as_stage_error(error)
+        if failure is None:
             raise
         traceback.print_exc()
-        if rank == 0 or not (work / "error.json").exists():  # of several processes, what the first one says
-            _write_json(work / "error.json", {"code": known.exit_code, "message": str(known)})
+        if rank == 0 or not (work / "error.json").exists():  # of several processes, the first one's
+            _write_json(work / "error.json", {"code": failure.exit_code, "message": str(failure)})
         sys.stderr.flush()
-        if rank or "TORCHELASTIC_RUN_ID" in os.environ:  # the others may wait for us in a collective: no long goodbye
-            os._exit(known.exit_code)
-        sys.exit(known.exit_code)
+        if rank or "TORCHELASTIC_RUN_ID" in os.environ:  # the others may wait in a collective: no slow clean-up
+            os._exit(failure.exit_code)
+        sys.exit(failure.exit_code)
 
 
-def _say(report: Report, out: Path) -> None:
-    """The end of the log: for a person who started the command by hand it is all that is shown."""
+def _print_summary(report: Report, out: Path) -> None:
+    """Prints warnings, output directory and facts to stderr: the result for a person who ran the command by hand."""
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print("; ".join([str(out), *(f"{name} {value}" for name, value in report.facts.items())]), file=sys.stderr)
@@ -114,12 +114,12 @@ def _parser(stage: Callable[..., Report], hints: dict[str, Any]) -> argparse.Arg
     for name, parameter in inspect.signature(stage).parameters.items():
         if name in ("config", "out", "job"):
             continue
-        many = _is_mapping(hints[name])
+        is_mapping = _is_mapping(hints[name])
         parser.add_argument(
             "--" + name.replace("_", "-"),
-            action="append" if many else "store",
+            action="append" if is_mapping else "store",
             required=parameter.default is inspect.Parameter.empty,
-            metavar="NAME=DIR" if many else "DIR",
+            metavar="NAME=DIR" if is_mapping else "DIR",
         )
     return parser
 
@@ -143,17 +143,17 @@ def _input(hint: Any, value: Any) -> Any:
 def _model(text: str) -> ModelDir:
     model = ModelDir.parse(text)
     for directory in model:
-        if directory and (said := fault(directory)):
-            raise BadConfig(said)
+        if directory and (defect := find_defect(directory)):
+            raise BadConfig(defect)
     return model
 
 
 def _is_mapping(hint: Any) -> bool:
-    return any(get_origin(one) is dict for one in (hint, *get_args(hint)))
+    return any(get_origin(part) is dict for part in (hint, *get_args(hint)))
 
 
-def _known(error: BaseException) -> StageError | None:
-    """`error` as a typed stage error; None for a programmer's error, which keeps its traceback and exit code 1."""
+def _as_stage_error(error: BaseException) -> StageError | None:
+    """`error` as a typed stage error; None for a programming error, which exits with a traceback and code 1."""
     if isinstance(error, StageError):
         return error
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without torch here

@@ -1,4 +1,4 @@
-"""What can go wrong in a stage, as exit codes of its command and as exceptions in the task that ran it.
+"""Typed errors of a stage: exceptions in its command and its task, exit codes between them.
 
 A command raises one of these (or exits with its code); the shell raises it again in the parent, and
 `tasks.core.retry` decides by `retriable` alone whether Prefect tries again.
@@ -6,7 +6,7 @@ A command raises one of these (or exits with its code); the shell raises it agai
 
 
 class StageError(Exception):
-    """A stage failed. `exit_code` is what its command exits with; `retriable` whether another try can help."""
+    """A stage failed. `exit_code` is its command's; `retriable` says whether another try can help."""
 
     exit_code = 1
     retriable = False
@@ -25,7 +25,7 @@ class BadData(StageError):
 
 
 class GateFailed(StageError):
-    """The stage did its work and the result is not good enough to go on."""
+    """The stage ran, and its result does not reach the required quality."""
 
     exit_code = 12
 
@@ -51,14 +51,14 @@ class DeviceLost(StageError):
 
 
 class Preempted(StageError):
-    """SIGTERM arrived; what could be saved was saved, and the next try goes on from there."""
+    """SIGTERM arrived; the next try continues from the last checkpoint."""
 
     exit_code = 30
     retriable = True
 
 
 class Stalled(StageError):
-    """The command showed no sign of life for too long, or ran past its time limit, and was stopped."""
+    """The command wrote nothing for too long, or ran past its time limit, and was stopped."""
 
     exit_code = 31
     retriable = True
@@ -85,7 +85,7 @@ class StorageRefused(StageError):
 
 
 class Corrupted(StageError):
-    """What was read is not what was written: a sha256 does not match."""
+    """Stored bytes changed: a sha256 does not match."""
 
     exit_code = 42
     retriable = True

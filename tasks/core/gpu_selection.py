@@ -25,7 +25,7 @@ def select_gpu() -> bool:
     return True
 
 
-def restart_with_own_gpu() -> None:
+def restart_on_selected_gpu() -> None:
     """Runs this process's command again with its own GPU, where torchrun started the stage itself and it sees all."""
     if select_gpu():
         sys.stdout.flush()

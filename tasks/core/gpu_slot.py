@@ -1,4 +1,4 @@
-"""The GPU slot: a Prefect global concurrency limit, held only while a stage's command runs."""
+"""GPU slot: a Prefect global concurrency limit that a stage holds while its command runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,16 +11,16 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from tasks.core.settings import Settings
 
-LEASE_SECONDS = 60.0  # how long a slot stays taken after its holder was killed without a word
+LEASE_SECONDS = 60.0  # how long a slot stays in use after its holder was killed
 
 
 @contextmanager
 def gpu_slot(settings: Settings, logger: Any) -> Iterator[None]:
     """Waits for and holds one slot of `STILLHOUSE_GPU_SLOT`, which is made on first use.
 
-    Strict: should the limit vanish meanwhile, that is an error and not a silent free-for-all.
+    Strict: a limit that is deleted meanwhile is an error, and does not let every run start at once.
     """
-    if _taken(settings):
+    if _all_in_use(settings):
         logger.info(
             "waiting for the slot %s: another run holds it, or one was killed less than %.0f s ago",
             settings.gpu_slot, LEASE_SECONDS,
@@ -31,14 +31,14 @@ def gpu_slot(settings: Settings, logger: Any) -> Iterator[None]:
         yield
 
 
-def _taken(settings: Settings) -> bool:
-    """Whether all slots are taken now; makes the limit where there is none."""
+def _all_in_use(settings: Settings) -> bool:
+    """Whether every slot is in use; makes the limit where there is none."""
     with get_client(sync_client=True) as client:
         try:
             limit = client.read_global_concurrency_limit_by_name(settings.gpu_slot)
             return limit.active_slots >= limit.limit
         except ObjectNotFound:
-            wanted = GlobalConcurrencyLimitCreate(name=settings.gpu_slot, limit=settings.gpu_slots)
+            limit_of_host = GlobalConcurrencyLimitCreate(name=settings.gpu_slot, limit=settings.gpu_slots)
             with suppress(ObjectAlreadyExists):
-                client.create_global_concurrency_limit(wanted)
+                client.create_global_concurrency_limit(limit_of_host)
             return False

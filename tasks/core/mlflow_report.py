@@ -1,13 +1,13 @@
-"""A finished run's report, brought back from MLflow."""
+"""Downloads a finished run's report from MLflow."""
 
 from pathlib import Path
 
 from tasks.core.errors import BadConfig
-from tasks.core.tracking import without_password
+from tasks.core.mlflow_connection import without_password
 
 
 def download_report(run: str, scratch: Path, tracking_uri: str) -> Path:
-    """The artifacts `report/` of the MLflow run with id `run`, in `scratch`. Raises BadConfig when there are none."""
+    """Downloads the artifacts `report/` of the MLflow run with id `run` to `scratch`; BadConfig when there are none."""
     from mlflow.artifacts import download_artifacts  # noqa: PLC0415  (takes seconds)
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
@@ -16,5 +16,5 @@ def download_report(run: str, scratch: Path, tracking_uri: str) -> Path:
             download_artifacts(run_id=run, artifact_path="report", dst_path=str(scratch), tracking_uri=tracking_uri)
         )
     except (MlflowException, OSError) as error:
-        where, said = without_password(tracking_uri), without_password(str(error))
-        raise BadConfig(f"no run {run!r} with a report in MLflow at {where}: {said}") from error
+        message = f"no run {run!r} with a report in MLflow at {tracking_uri}: {error}"
+        raise BadConfig(without_password(message)) from error

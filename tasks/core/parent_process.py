@@ -1,4 +1,4 @@
-"""What a child process owes its parent: to die with it, and to be told apart in `ps`. Linux only; elsewhere nothing."""
+"""Ties a child process's life to its parent's, and names it in `ps`. Linux only; elsewhere nothing happens."""
 
 import ctypes
 import os
@@ -9,13 +9,13 @@ PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
 def die_with_parent() -> None:
-    """SIGTERM for us when the process that started us (`STILLHOUSE_PARENT`) dies: no orphan keeps a GPU."""
+    """Asks the kernel for SIGTERM when the parent (`STILLHOUSE_PARENT`) dies, so that no orphan keeps a GPU."""
     if os.environ.get("STILLHOUSE_PARENT") == str(os.getppid()):
         _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def name_process(name: str) -> None:
-    """The name in `ps`, `top` and `htop`, cut to 15 letters."""
+    """Sets this process's name in `ps`, `top` and `htop`, cut to 15 characters."""
     _prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]))
 
 

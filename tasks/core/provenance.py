@@ -1,4 +1,4 @@
-"""Where an output came from: config, inputs, library versions, commit. Written into every output directory."""
+"""Provenance of an output (config, inputs, library versions, commit), written into every output directory."""
 
 import json
 import os
@@ -18,7 +18,7 @@ LIBRARIES = ["torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "ll
 def commit() -> str:
     """The repository's commit, `+dirty` when files differ from it; `unknown` outside a checkout.
 
-    `STILLHOUSE_COMMIT` is believed: an image has neither a checkout nor git.
+    `STILLHOUSE_COMMIT` comes first: an image has neither a checkout nor git.
     """
     if "STILLHOUSE_COMMIT" in os.environ:
         return os.environ["STILLHOUSE_COMMIT"]
@@ -32,21 +32,21 @@ def commit() -> str:
 
 
 def libraries() -> dict[str, str]:
-    """Versions of the libraries that shape outputs, those that are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of the installed libraries that shape outputs."""
+    versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def provenance(config: BaseModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What decided an output. `inputs` are the command's: paths, `ModelDir`s, or dicts of them.
+    """The provenance of an output as JSON. `inputs` are the command's: paths, `ModelDir`s, or dicts of them.
 
-    Each is named by its directory's name, which is its digest where the shell fetched it, and carries its own
-    provenance: an output can be followed back to the user's files.
+    Each input has its directory's name, which is its digest where the shell fetched it, and its own provenance, so that
+    an output can be followed back to the user's files.
     """
     return {
         "config": config.model_dump(mode="json"),
@@ -58,9 +58,9 @@ def provenance(config: BaseModel, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _lineage(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _lineage(one) for name, one in value.items()}
+        return {name: _lineage(part) for name, part in value.items()}
     if isinstance(value, ModelDir):
         return {part: _lineage(path) for part, path in value._asdict().items() if path is not None}
-    own = value / "provenance.json"
-    made_by = {"provenance": json.loads(own.read_text())} if own.is_file() else {}
-    return {"name": value.name, **made_by}
+    file = value / "provenance.json"
+    origin = {"provenance": json.loads(file.read_text())} if file.is_file() else {}
+    return {"name": value.name, **origin}

@@ -1,4 +1,4 @@
-"""Refs: what tasks pass to each other. Kilobytes of JSON that name an artifact; never tensors, rows or paths."""
+"""Typed references to artifacts, which tasks pass to each other: kilobytes of JSON, never tensors, rows or paths."""
 
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -23,7 +23,7 @@ class _Ref(BaseModel):
 
 
 class FilesRef(_Ref):
-    """A user's own files, taken into the store as they are."""
+    """A user's own files, stored unchanged."""
 
     kind: Literal["files"] = "files"
 
@@ -35,7 +35,7 @@ class DatasetRef(_Ref):
 
 
 class ModelRef(_Ref):
-    """A whole model directory in Hugging Face's layout: config, safetensors, tokenizer."""
+    """A complete model directory in Hugging Face's layout: config, safetensors, tokenizer."""
 
     kind: Literal["model"] = "model"
 
@@ -54,15 +54,13 @@ class GgufRef(_Ref):
 
 
 class ReportRef(_Ref):
-    """Numbers and pictures about other artifacts."""
+    """Numbers and charts about other artifacts."""
 
     kind: Literal["report"] = "report"
 
 
-Ref = Annotated[
-    FilesRef | DatasetRef | ModelRef | AdapterRef | GgufRef | ReportRef,
-    Field(discriminator="kind"),
-]
+OutputRef = DatasetRef | ModelRef | AdapterRef | GgufRef | ReportRef
+Ref = Annotated[FilesRef | OutputRef, Field(discriminator="kind")]
 AnyModel = ModelRef | AdapterRef
 
 
@@ -77,7 +75,7 @@ class ModelDir(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "ModelDir":
-        """The inverse of `str`; a directory whose own name holds a `+` is taken whole."""
+        """The inverse of `str`; a directory that exists under the whole text is a base, `+` in its name or not."""
         if Path(text).is_dir() or "+" not in text:
             return cls(Path(text))
         base, _, adapter = text.rpartition("+")

@@ -1,4 +1,4 @@
-"""Where things are kept and which servers are used: environment variables only, never a flow's parameter.
+"""Directories, servers and limits of this machine, from environment variables only, never a flow's parameter.
 
 `STILLHOUSE_HOME` (default `.stillhouse` in the working directory) holds the store, scratch space and MLflow's
 database unless `STILLHOUSE_STORE` (`s3://bucket/prefix`) and `MLFLOW_TRACKING_URI` say otherwise. Credentials are
@@ -16,12 +16,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class Settings(BaseSettings):
-    """Read anew where it is needed, so that a test or a worker can set the environment first."""
+    """Settings from `STILLHOUSE_*`, read at each construction, so that a test or a worker can set them first."""
 
     model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", frozen=True)
 
     home: Path = Path(".stillhouse")
-    """Directory for everything that is kept on this machine."""
+    """Directory of the store, scratch space, inputs and MLflow's database on this machine."""
     store: str | None = None
     """The object store: `file:///...` or `s3://bucket/prefix`; default `<home>/store`."""
     gpu_slot: str = Field(default_factory=lambda: f"gpu-{socket.gethostname().lower()}")
@@ -29,12 +29,14 @@ class Settings(BaseSettings):
     gpu_slots: int = Field(default=1, ge=1)
     """How many stages may run at once on this host, used when the limit does not exist yet."""
     stall_seconds: float = Field(default=1800, gt=0)
-    """A command that shows no sign of life for so long is stopped, its stacks in its log, and tried again."""
+    """A command whose log and events do not grow for so long is stopped, its stacks in its log, and tried again."""
     timeout_seconds: float = Field(default=7 * 24 * 3600, gt=0)
     """A command that runs longer is stopped."""
     warm_start: Literal["auto", "on", "off"] = "auto"
-    """Fork stages off one process that has imported torch (tasks/core/fork_server.py); `auto`: where no CUDA device
-    is."""
+    """Fork stages off one process that has imported torch (tasks/core/fork_server.py); `auto` does so on machines
+    without a CUDA device."""
+    preflight: Literal["stop", "warn", "off"] = "stop"
+    """What a failed check does before the first stage: stops the run, or only warns; `off` makes no checks."""
     keep_scratch: bool = False
     """Keep a finished stage's checkpoints and logs below `<home>/scratch`."""
     experiment: str = "stillhouse"
@@ -42,14 +44,14 @@ class Settings(BaseSettings):
 
     @cached_property
     def root(self) -> Path:
-        """`home`, absolute, made if it is not there."""
+        """`home` as an absolute path; creates the directory."""
         root = self.home.expanduser().absolute()
         root.mkdir(parents=True, exist_ok=True)
         return root
 
     @property
     def warm(self) -> bool:
-        """`warm_start`, decided for this machine."""
+        """Whether stages are forked on this machine."""
         return self.warm_start == "on" or (self.warm_start == "auto" and not Path("/dev/nvidiactl").exists())
 
     @cached_property

@@ -1,7 +1,7 @@
 """The shell around every stage's command, the only place where Prefect, the store, MLflow and the child meet.
 
-Refs in; the cache is asked; inputs are fetched; the command runs in a child process while the GPU slot is held; its
-output is published; a ref goes out. A stage's task is three lines around `run_stage`.
+Refs in; the cache is looked up; inputs are fetched; the command runs in a child process while the GPU slot is held; its
+output is stored; a ref comes out. A stage's task is three lines around `run_stage`.
 """
 
 import fcntl
@@ -18,34 +18,33 @@ from prefect.runtime import task_run
 from prefect.states import Completed
 
 from tasks.core.cache import cache_key
-from tasks.core.child import run_command
+from tasks.core.child_process import run_command
 from tasks.core.config import StageConfig
 from tasks.core.errors import OutOfMemory, StageError
 from tasks.core.gpu_slot import gpu_slot
-from tasks.core.inputs import fetched, in_use
+from tasks.core.inputs import fetch_input, inputs_in_use
 from tasks.core.mlflow_record import record_cached, record_failed, record_inputs, record_output, system_metrics
 from tasks.core.mlflow_run import Run
 from tasks.core.progress import ProgressView
-from tasks.core.refs import AdapterRef, DatasetRef, FilesRef, GgufRef, ModelDir, ModelRef, ReportRef
+from tasks.core.refs import AdapterRef, ModelDir, OutputRef, Ref
 from tasks.core.settings import Settings
 from tasks.core.store import Store, open_store
 from tasks.core.tracking import tracker
 
-AnyRef = FilesRef | DatasetRef | ModelRef | AdapterRef | GgufRef | ReportRef
-Input = AnyRef | Mapping[str, AnyRef] | None
-MOST_RUNGS = 16  # a training's ladder ends before, with its own error; other stages only halve their batch
-R = TypeVar("R", DatasetRef, ModelRef, AdapterRef, GgufRef, ReportRef)
-_USE: ContextVar[str | None] = ContextVar("use", default=None)
+Input = Ref | Mapping[str, Ref] | None
+MAX_RUNGS = 16  # training's fallback ends before, with its own error; other stages only halve their batch
+R = TypeVar("R", bound=OutputRef)
+_LABEL: ContextVar[str | None] = ContextVar("label", default=None)
 
 
 @contextmanager
-def used_as(name: str) -> Iterator[None]:
-    """What a flow calls its use of a stage instead of the task's own label, so that two uses are two MLflow runs."""
-    token = _USE.set(name)
+def stage_label(name: str) -> Iterator[None]:
+    """Replaces the label of the stages that run in the block, so that a flow's two uses are two MLflow runs."""
+    token = _LABEL.set(name)
     try:
         yield
     finally:
-        _USE.reset(token)
+        _LABEL.reset(token)
 
 
 def run_stage(
@@ -54,63 +53,64 @@ def run_stage(
     inputs: Mapping[str, Input],
     kind: type[R],
     label: str,
-    helps: Mapping[str, Input] | None = None,
+    unkeyed_inputs: Mapping[str, Input] | None = None,
     **fields: Any,
 ) -> R:
-    """Runs `python -m tasks.<stage>.run` on `inputs`, or finds its output made before, and returns a `kind` ref.
+    """Runs `python -m tasks.<stage>.run` on `inputs`, or finds its cached output, and returns a ref of type `kind`.
 
-    `label` names this use of the stage in MLflow and Prefect ("evaluate student") where `used_as` does not; `fields`
-    are further fields of the ref. `helps` are inputs that save work and do not decide the output: they are not in its
+    `label` names this use of the stage in MLflow and Prefect ("evaluate student") where `stage_label` does not; `fields`
+    are further fields of the ref. `unkeyed_inputs` save work and do not change the output: they are not in its cache
     key. A cache hit is a Prefect state named `Cached`, which Prefect unwraps. Raises the typed errors of
     `tasks.core.errors`.
     """
-    label = _USE.get() or label
+    label = _LABEL.get() or label
     settings = Settings()
     store = open_store(settings.store_uri)
-    given = {name: value for name, value in inputs.items() if value}
-    key = cache_key(stage, config, given)
+    refs = {name: value for name, value in inputs.items() if value}
+    key = cache_key(stage, config, refs)
     scratch = settings.root / "scratch" / f"{stage}-{key[:16]}"
     warn = get_run_logger().warning
-    with in_use(settings), _alone(scratch):
-        made = _cached(store, stage, key, kind)
-        if made is not None:
-            record_cached(tracker(settings, warn), store, label, config, made)
-            return cast(R, Completed(name="Cached", message=f"{label}: {stage}/{key[:16]}", data=made))
+    with inputs_in_use(settings), _output_lock(scratch):
+        cached = _cached(store, stage, key, kind)
+        if cached is not None:
+            record_cached(tracker(settings, warn), store, label, config, cached)
+            return cast(R, Completed(name="Cached", message=f"{label}: {stage}/{key[:16]}", data=cached))
         with tracker(settings, warn).stage(label) as run, ProgressView(label, get_run_logger()) as view:
-            record_inputs(run, config, given)
-            helping = {name: ref for name, ref in (helps or {}).items() if ref}
+            record_inputs(run, config, refs)
+            unkeyed_refs = {name: value for name, value in (unkeyed_inputs or {}).items() if value}
             try:
-                _run(stage, config, {**given, **helping}, scratch, run, view, settings)
+                _run(stage, config, {**refs, **unkeyed_refs}, scratch, run, view, settings)
             except StageError:
                 record_failed(tracker(settings, warn), run, scratch / "out" / "report")
                 raise
-            made = _publish(store, scratch / "out", kind, fields, view)
-            record_output(run, store, made, scratch / "out", label)
-            store.write_index(stage, key, made.model_dump(mode="json"))
+            output = _publish(store, scratch / "out", kind, fields, view)
+            record_output(run, store, output, scratch / "out", label)
+            store.write_index(stage, key, output.model_dump(mode="json"))
         if not settings.keep_scratch:
             shutil.rmtree(scratch)
-    return made
+    return output
 
 
 def _cached(store: Store, stage: str, key: str, kind: type[R]) -> R | None:
+    """The ref in the stage cache; None without one, or when its artifact was deleted: then the stage runs again."""
     entry = store.read_index(stage, key)
     if entry is None:
         return None
-    made = kind.model_validate(entry)
-    return made if store.has(made.digest) else None  # a deleted artifact is made again
+    ref = kind.model_validate(entry)
+    return ref if store.has(ref.digest) else None
 
 
 def _run(
     stage: str, config: StageConfig, inputs: Mapping[str, Input], scratch: Path, run: Run, view: ProgressView,
     settings: Settings,
 ) -> None:  # fmt: skip
-    """The command, from fetching its inputs to its exit; after an out-of-memory error again at once, a rung lower."""
-    work, rung = scratch / "work", scratch / "rung"
+    """Fetches the inputs and runs the command; after an out-of-memory error again at once, a rung lower."""
+    work, rung_file = scratch / "work", scratch / "rung"
     if work.exists():
-        rungs = rung.read_text() if rung.exists() else "0"
-        run.tags(**{f"attempt.{task_run.get_run_count() or 1}": f"taken up again, {rungs} rungs down"})
+        rungs = rung_file.read_text() if rung_file.exists() else "0"
+        run.tags(**{f"attempt.{task_run.get_run_count() or 1}": f"continued, {rungs} rungs down"})
     (scratch / "config.json").write_text(config.model_dump_json(indent=1))
-    arguments = [str(scratch / "config.json"), *_options(inputs, settings, view)]
+    arguments = [str(scratch / "config.json"), *_input_options(inputs, settings, view)]
     arguments += ["--out", str(scratch / "out"), "--work", str(work)]
     with gpu_slot(settings, get_run_logger()), system_metrics(run, settings):
 
@@ -133,36 +133,36 @@ def _run(
                 getattr(config, "processes", 1),
             )
 
-        descend(start, rung, run, get_run_logger().warning)
+        retry_out_of_memory(start, rung_file, run, get_run_logger().warning)
 
 
-def descend(start: Callable[[int], None], rung: Path, run: Run, warn: Callable[[str], None]) -> None:
-    """Calls `start(rungs)` until it does not run out of memory, one rung lower each time; `rung` remembers how many.
+def retry_out_of_memory(start: Callable[[int], None], rung_file: Path, run: Run, warn: Callable[[str], None]) -> None:
+    """Calls `start(rungs)` until it does not run out of memory, one rung lower each time; `rung_file` keeps the count.
 
-    What a rung gives up is the command's own business (tasks.core.memory_fallback), which ends the descent with its
-    own error.
+    What changes with a rung is the command's own business (tasks.core.memory_fallback), which raises its own error
+    below the last one.
     """
-    rungs = int(rung.read_text()) if rung.exists() else 0
+    rungs = int(rung_file.read_text()) if rung_file.exists() else 0
     while True:
         try:
             return start(rungs)
         except OutOfMemory as error:
             rungs += 1
-            rung.write_text(str(rungs))
+            rung_file.write_text(str(rungs))
             run.tags(**{f"out_of_memory.{rungs}": str(error)[:500]})
             warn(f"{str(error)[:500]}; again from its last checkpoint, {rungs} rungs down")
-            if rungs > MOST_RUNGS:
+            if rungs > MAX_RUNGS:
                 raise
 
 
-def _options(inputs: Mapping[str, Input], settings: Settings, view: ProgressView) -> Iterator[str]:
-    """The inputs as options of the command: fetched, verified, `--name DIR` or `--name NAME=DIR` for each of many."""
+def _input_options(inputs: Mapping[str, Input], settings: Settings, view: ProgressView) -> Iterator[str]:
+    """Fetches the inputs and yields the command's options: `--name DIR`, or `--name KEY=DIR` for each of a mapping."""
 
-    def directory(ref: AnyRef) -> ModelDir:
-        own = fetched(settings, ref.digest, view.progress)
+    def directory(ref: Ref) -> ModelDir:
+        path = fetch_input(settings, ref.digest, view.progress)
         if isinstance(ref, AdapterRef):
-            return ModelDir(fetched(settings, ref.base.digest, view.progress), own)
-        return ModelDir(own)
+            return ModelDir(fetch_input(settings, ref.base.digest, view.progress), path)
+        return ModelDir(path)
 
     for name, value in inputs.items():
         option = "--" + name.replace("_", "-")
@@ -174,6 +174,7 @@ def _options(inputs: Mapping[str, Input], settings: Settings, view: ProgressView
 
 
 def _publish(store: Store, out: Path, kind: type[R], fields: Mapping[str, Any], view: ProgressView) -> R:
+    """Stores the output directory with the command's events, logs its warnings, and returns its ref."""
     report = json.loads((out / "report.json").read_text())
     for warning in report["warnings"]:
         get_run_logger().warning(warning)
@@ -183,8 +184,8 @@ def _publish(store: Store, out: Path, kind: type[R], fields: Mapping[str, Any], 
 
 
 @contextmanager
-def _alone(scratch: Path) -> Iterator[None]:
-    """Two runs on this host that want the same output: the second waits, and then finds it made."""
+def _output_lock(scratch: Path) -> Iterator[None]:
+    """Lets one run at a time on this host make an output; another run waits, and then finds it in the cache."""
     scratch.mkdir(parents=True, exist_ok=True)
     with scratch.with_name(scratch.name + ".lock").open("w") as file:
         try:

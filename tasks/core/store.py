@@ -1,4 +1,4 @@
-"""The store: artifacts named by what is in them, in a directory or in an S3 bucket.
+"""Content-addressed artifact store in a directory or an S3 bucket (`tasks.core.backends`).
 
     store = open_store("s3://team/stillhouse")      # or a path, or file:///...
     digest = store.put(Path("out/teacher"))
@@ -10,7 +10,7 @@
     aside/...                       blobs whose bytes were found to be wrong
 
 `report.json`, `provenance.json` and `report/` are stored and listed but do not count for the digest (see
-`tasks.core.manifest`); of two makings of the same thing the last one's reports are kept.
+`tasks.core.manifest`); where an artifact is stored twice, the last one's reports stay.
 """
 
 import fcntl
@@ -23,16 +23,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from pydantic import ValidationError
 
-from tasks.core.blobs import Blobs, LocalBlobs, Moved, disk
+from tasks.core.blobs import Blobs, OnBytes, disk_errors, open_blobs
 from tasks.core.errors import BadConfig, BadData, Corrupted, Missing, StorageRefused, StorageUnavailable
-from tasks.core.manifest import File, Manifest, list_files, sha256_of, stamp
+from tasks.core.manifest import File, Manifest, list_files, sha256_of, size_and_mtime
 
+REPORT_SECONDS = 0.5
 Progress = Callable[[float, float, str, str], None]
-"""`progress(done, total, unit, note)`, as `Job.progress`; called at most twice a second."""
+"""`progress(completed, total, unit, note)`, as `Job.progress`; called at most twice a second."""
 
 
 class Store:
@@ -43,26 +43,26 @@ class Store:
         self.uri = blobs.uri
 
     def check(self) -> None:
-        """Writes and reads a tiny object, to fail now and not after an hour's training."""
+        """Writes and reads a tiny object: what would fail after an hour's training fails now."""
         self._blobs.check()
 
     def put(self, directory: Path, progress: Progress | None = None) -> str:
         """Stores the files below `directory` and returns the artifact's digest.
 
-        Bytes that are there already are not sent again, so a `put` that was cut off goes on where it stopped. Links
-        to files are stored as the files; empty directories are not stored.
+        Blobs that the store has are not sent again, so an interrupted `put` continues where it stopped. Links to
+        files are stored as the files; empty directories are not stored.
         """
         paths = list_files(directory)
-        before = {name: stamp(path) for name, path in paths.items()}
-        with _meter(progress, sum(size for size, _ in before.values()), "hashing") as moved:
+        before = {name: size_and_mtime(path) for name, path in paths.items()}
+        with _byte_meter(progress, sum(size for size, _ in before.values()), "hashing") as on_bytes:
             files = [
-                File(name=name, size=before[name][0], sha256=sha256_of(path, moved)) for name, path in paths.items()
+                File(name=name, size=before[name][0], sha256=sha256_of(path, on_bytes)) for name, path in paths.items()
             ]
-        new = {file.key: file for file in files if self._blobs.size(file.key) != file.size}
-        with _meter(progress, sum(file.size for file in new.values()), "storing") as moved:
-            for key, file in new.items():
-                self._blobs.upload(key, paths[file.name], file.sha256, moved)
-        changed = [name for name, path in paths.items() if stamp(path) != before[name]]
+        missing = {file.key: file for file in files if self._blobs.size(file.key) != file.size}
+        with _byte_meter(progress, sum(file.size for file in missing.values()), "storing") as on_bytes:
+            for key, file in missing.items():
+                self._blobs.upload(key, paths[file.name], file.sha256, on_bytes)
+        changed = [name for name, path in paths.items() if size_and_mtime(path) != before[name]]
         if changed:
             raise BadData(f"{directory / changed[0]} changed while it was stored; put it again when it is finished")
         manifest = Manifest(files=tuple(files))
@@ -70,7 +70,7 @@ class Store:
         return manifest.digest
 
     def has(self, digest: str) -> bool:
-        """Whether the artifact is there: its manifest, and every blob of it with the right size."""
+        """Whether the store has the artifact: its manifest, and every blob of it with the right size."""
         try:
             manifest = self.manifest(digest)
         except (Missing, Corrupted):
@@ -81,94 +81,88 @@ class Store:
         """The artifact's files."""
         data = self._blobs.read(_manifest_key(digest))
         if data is None:
-            raise Missing(f"{self.uri} has no artifact {digest}. {AGAIN}")
+            raise Missing(f"{self.uri} has no artifact {digest}. {REMAKE}")
         try:
             manifest = Manifest.model_validate_json(data)
         except ValidationError as error:
-            raise Corrupted(f"{self.uri}/{_manifest_key(digest)} is not a manifest: {error}. {AGAIN}") from error
+            raise Corrupted(f"{self.uri}/{_manifest_key(digest)} is not a manifest: {error}. {REMAKE}") from error
         if manifest.digest != digest:
-            raise Corrupted(f"{self.uri}/{_manifest_key(digest)} lists the files of {manifest.digest}. {AGAIN}")
+            raise Corrupted(f"{self.uri}/{_manifest_key(digest)} lists the files of {manifest.digest}. {REMAKE}")
         return manifest
 
     def fetch(self, digest: str, target: Path, progress: Progress | None = None) -> Path:
         """Makes `target` the artifact's directory, every byte hashed again, and returns it.
 
-        `target` appears whole or not at all; what was there is replaced. If it is the artifact already, fetched
-        before and not touched since (sizes and times in `<target>.fetched`), it is used as it is.
+        `target` is replaced atomically. If it is the artifact already, fetched before and not touched since (sizes
+        and times in `<target>.fetched`), it is used as it is.
         """
         manifest = self.manifest(digest)
         target = target.absolute()
         partial = target.with_name(target.name + ".partial")
-        with disk(f"write to {target.parent}"):
+        with disk_errors(f"write to {target.parent}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.with_name(target.name + ".fetched").open("a+b") as record:
-                fcntl.flock(record, fcntl.LOCK_EX)  # another process that fetches the same waits, then finds it here
+                fcntl.flock(record, fcntl.LOCK_EX)  # another process that fetches the same waits, then uses this copy
                 record.seek(0)
-                if record.read() == _record(manifest, target):
+                if record.read() == _fetch_record(manifest, target):
                     return target
                 record.truncate(0)
                 _remove(partial)
                 try:
-                    with _meter(progress, sum(file.size for file in manifest.files), "fetching") as moved:
+                    total = sum(file.size for file in manifest.files)
+                    with _byte_meter(progress, total, "fetching") as on_bytes:
                         for file in manifest.files:
-                            self._fetch(file, partial / file.name, moved)
+                            self._fetch_file(file, partial / file.name, on_bytes)
                     _remove(target)
                     partial.rename(target)
                 finally:
                     _remove(partial)
-                record.write(_record(manifest, target) or b"")
+                record.write(_fetch_record(manifest, target) or b"")
         return target
 
-    def _fetch(self, file: File, path: Path, moved: Moved) -> None:
+    def _fetch_file(self, file: File, path: Path, on_bytes: OnBytes) -> None:
+        """Downloads a blob and compares its sha256; a wrong blob is set aside and raises `Corrupted`."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = ""
+        sha256 = ""
         for _ in range(2):  # a bad transfer is not yet a bad blob
             path.unlink(missing_ok=True)
             try:
-                self._blobs.download(file.key, path, moved)
+                self._blobs.download(file.key, path, on_bytes)
             except Missing as error:
-                if found:
-                    break  # a server that checks what it sends may withdraw it after the first time
-                raise Missing(f"{file.name}: {self.uri}/{file.key} is gone. {AGAIN}") from error
-            found = sha256_of(path, lambda _: None)
-            if found == file.sha256:
+                if sha256:
+                    break  # a server that verifies what it sends may withdraw the object after the first time
+                raise Missing(f"{file.name}: {self.uri}/{file.key} is gone. {REMAKE}") from error
+            sha256 = sha256_of(path, lambda _: None)
+            if sha256 == file.sha256:
                 return
         try:
-            self._blobs.set_aside(file.key)  # so that `has` says no, and what is made again takes its place
+            self._blobs.set_aside(file.key)  # so that `has` is False, and the next `put` stores it again
             fate = f"It was moved to {self.uri}/aside/{file.key}"
         except Missing:
             fate = "The server has withdrawn it"
         except (StorageRefused, StorageUnavailable) as error:
             fate = f"Delete it by hand ({error})"
         raise Corrupted(
-            f"{file.name}: {self.uri}/{file.key} holds bytes with the sha256 {found} instead of {file.sha256}. "
-            f"{fate}. {AGAIN}"
+            f"{file.name}: {self.uri}/{file.key} holds bytes with the sha256 {sha256} instead of {file.sha256}. "
+            f"{fate}. {REMAKE}"
         )
 
     def read_index(self, stage: str, key: str) -> dict[str, Any] | None:
-        """What `write_index` stored for this stage and cache key; None if nothing."""
+        """The value of `write_index` for this stage and cache key; None where there is none."""
         data = self._blobs.read(_index_key(stage, key))
         return None if data is None else json.loads(data)
 
     def write_index(self, stage: str, key: str, value: dict[str, Any]) -> None:
-        """Remembers a small JSON object for this stage and cache key, instead of what was there."""
+        """Stores a small JSON object for this stage and cache key, in place of an earlier one."""
         self._blobs.write(_index_key(stage, key), json.dumps(value, indent=1, sort_keys=True).encode())
 
 
-AGAIN = "Run again: the stage that made it makes it anew; what a user put in has to be put in again"
+REMAKE = "Run again: the stage that made it makes it anew; what a user put in has to be put in again"
 
 
 def open_store(uri: str) -> Store:
     """The store at a path, `file:///absolute/path` or `s3://bucket/prefix`; makes nothing and asks no server yet."""
-    if uri.startswith("s3://"):
-        from tasks.core.s3 import S3Blobs  # noqa: PLC0415 (boto3 takes its time to import; directories do without)
-
-        return Store(S3Blobs(uri))
-    if uri.startswith("file:///"):
-        return Store(LocalBlobs(Path(unquote(uri.removeprefix("file://"))).resolve()))
-    if not uri or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", uri):
-        raise BadConfig(f"{uri!r} is no store; use a path, file:///absolute/path (three slashes) or s3://bucket/prefix")
-    return Store(LocalBlobs(Path(uri).expanduser().resolve()))
+    return Store(open_blobs(uri))
 
 
 def _manifest_key(digest: str) -> str:
@@ -184,13 +178,13 @@ def _index_key(stage: str, key: str) -> str:
     return f"index/{stage}/{key}.json"
 
 
-def _record(manifest: Manifest, target: Path) -> bytes | None:
-    """What `<target>.fetched` says after a fetch, computed from what is there now; None if that is no artifact."""
+def _fetch_record(manifest: Manifest, target: Path) -> bytes | None:
+    """The content of `<target>.fetched`, computed from the files in `target`; None if they are not the artifact's."""
     try:
         names = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
         if names != {file.name for file in manifest.files}:
             return None
-        lines = [f"{file.sha256} {stamp(target / file.name)} {file.name}\n" for file in manifest.files]
+        lines = [f"{file.sha256} {size_and_mtime(target / file.name)} {file.name}\n" for file in manifest.files]
     except FileNotFoundError:
         return None
     return "".join([manifest.digest, "\n", *lines]).encode(errors="surrogateescape")
@@ -204,18 +198,18 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _meter(progress: Progress | None, total: int, note: str) -> Iterator[Moved]:
-    """A counter of bytes for several threads that tells `progress` megabytes, twice a second and at the end."""
-    done, told, lock = 0, 0.0, threading.Lock()
+def _byte_meter(progress: Progress | None, total: int, note: str) -> Iterator[OnBytes]:
+    """A counter of bytes for several threads that calls `progress` in megabytes, twice a second and at the end."""
+    copied, reported, lock = 0, 0.0, threading.Lock()
 
-    def moved(count: int) -> None:
-        nonlocal done, told
+    def on_bytes(count: int) -> None:
+        nonlocal copied, reported
         with lock:
-            done += count
-            if progress and time.monotonic() - told > 0.5:
-                told = time.monotonic()
-                progress(min(done, total) / 1e6, total / 1e6, "MB", note)
+            copied += count
+            if progress and time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
+                progress(min(copied, total) / 1e6, total / 1e6, "MB", note)
 
-    yield moved
+    yield on_bytes
     if progress and total:
         progress(total / 1e6, total / 1e6, "MB", note)

@@ -1,4 +1,4 @@
-"""A stage that does on command what real stages do by misfortune: what the supervisor's tests run."""
+"""A stage that fails in the way that its config names, for the tests of the supervisor."""
 
 import json
 import os
@@ -14,12 +14,13 @@ from tasks.core.command import Report, command
 from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
+from tests.waiting import wait_until
 
-ENVIRONMENT_AT_IMPORT = dict(os.environ)
+INITIAL_ENVIRONMENT = dict(os.environ)
 
 
 class ProbeConfig(BaseModel):
-    """`act` is what to do."""
+    """`act` names what the stage does."""
 
     act: str = "succeed"
 
@@ -27,15 +28,15 @@ class ProbeConfig(BaseModel):
 def probe(
     config: ProbeConfig, out: Path, job: Job, data: Path | None = None, models: dict[str, ModelDir] | None = None
 ) -> Report:
-    """Misbehaves as told."""
+    """Succeeds, fails, hangs or ignores signals, by `config.act`."""
     job.log(f"pid {os.getpid()}")
     job.progress(1, 2, "steps", "half way")
     job.metrics(1, loss=0.5)
     match config.act:
         case "succeed":
-            (out / "made.txt").write_text("made")
+            (out / "result.txt").write_text("result")
         case "environment":
-            (job.work / "environment.json").write_text(json.dumps(ENVIRONMENT_AT_IMPORT))
+            (job.work / "environment.json").write_text(json.dumps(INITIAL_ENVIRONMENT))
         case "gate":
             raise GateFailed("exact match 0.81 is below 0.90")
         case "value":
@@ -51,7 +52,7 @@ def probe(
             os.kill(os.getpid(), signal.SIGSEGV)
         case "killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "sleep":
+        case "hang":
             time.sleep(60)
         case "stubborn":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -62,8 +63,8 @@ def probe(
             time.sleep(60)
         case "checkpoint":
             with job.defer_stop():
-                while not job.stop_requested:
-                    time.sleep(0.02)
+                job.log("training")
+                wait_until(lambda: job.stop_requested)
                 (job.work / "checkpoint").write_text("saved")
     facts = {"rung": job.rung, "data": str(data), "adapter": str(models and models["m"].adapter)}
     return Report(facts=facts, metrics={"loss": 0.5})

@@ -25,20 +25,20 @@ def test_config_and_input_digests_change_the_key() -> None:
     assert key != cache.cache_key("evaluate", IngestConfig(), {"files": model(A)})
 
 
-def test_where_it_is_stored_and_what_is_said_of_it_do_not() -> None:
-    here = DatasetRef(uri="file:///s", digest=A, facts={"rows": 1})
-    there = DatasetRef(uri="s3://bucket", digest=A)
-    assert cache.cache_key("ingest", IngestConfig(), {"x": here}) == cache.cache_key(
-        "ingest", IngestConfig(), {"x": there}
+def test_the_store_and_the_facts_do_not() -> None:
+    local = DatasetRef(uri="file:///s", digest=A, facts={"rows": 1})
+    remote = DatasetRef(uri="s3://bucket", digest=A)
+    assert cache.cache_key("ingest", IngestConfig(), {"x": local}) == cache.cache_key(
+        "ingest", IngestConfig(), {"x": remote}
     )
 
 
 def test_an_adapter_counts_with_its_base_and_models_with_their_names() -> None:
-    one = AdapterRef(uri="file:///s", digest=A, base=model(A))
+    adapter = AdapterRef(uri="file:///s", digest=A, base=model(A))
     other = AdapterRef(uri="file:///s", digest=A, base=model(B))
     keys = {
         cache.cache_key("ingest", IngestConfig(), inputs)
-        for inputs in ({"m": one}, {"m": other}, {"m": {"x": one}}, {"m": {"y": one}})
+        for inputs in ({"m": adapter}, {"m": other}, {"m": {"x": adapter}}, {"m": {"y": adapter}})
     }
     assert len(keys) == 4
 
@@ -68,10 +68,10 @@ def test_code_reached_through_imports_counts_and_nothing_else(tree: Path) -> Non
     def keys() -> list[str]:
         return [cache.cache_key(stage, IngestConfig(), {"files": model(A)}) for stage in ("one", "two")]
 
-    (one, two), (key, other) = digests(), keys()
+    (first, second), (key, other) = digests(), keys()
     (tree / "tasks/engine/models/load.py").write_text("def load():\n    return 2\n")
     changed, same = digests()
-    assert changed != one and same == two
+    assert changed != first and same == second
     assert keys()[0] != key and keys()[1] == other
 
 
@@ -99,12 +99,12 @@ def test_comments_docstrings_and_formatting_do_not_count(tree: Path) -> None:
 
 def test_every_real_stage_has_a_digest_without_importing_torch() -> None:
     code = (
-        "import sys; from tasks.core.cache import _reached\n"
+        "import sys; from tasks.core.cache import _imported_sources\n"
         "stages = 'ingest teacher distill outliers merge gguf evaluate gate bakeoff distill.teacher_cache'\n"
         "for stage in stages.split():\n"
-        "    assert f'tasks.{stage}.run' in _reached(f'tasks.{stage}.run'), stage\n"
-        "assert 'tasks.engine.models.load' in _reached('tasks.teacher.run')\n"
-        "assert 'tasks.engine.losses.divergences.jsd' in _reached('tasks.distill.run')\n"
+        "    assert f'tasks.{stage}.run' in _imported_sources(f'tasks.{stage}.run'), stage\n"
+        "assert 'tasks.engine.models.load' in _imported_sources('tasks.teacher.run')\n"
+        "assert 'tasks.engine.losses.divergences.jsd' in _imported_sources('tasks.distill.run')\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -38,18 +38,18 @@ def test_a_rank_process_chooses_its_gpu_before_it_imports_the_stage(
 
 
 @pytest.mark.parametrize("variables, visible", SELECTIONS)
-def test_a_stage_that_torchrun_started_itself_starts_again_with_its_own_gpu(
+def test_a_stage_that_torchrun_started_itself_restarts_on_its_gpu(
     variables: dict[str, str], visible: str, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"act": "environment"}))
     arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     subprocess.run([sys.executable, "-m", "tests.core.probe", *arguments], env=environment(**variables), check=True)
-    seen_at_import = json.loads((tmp_path / "work" / "environment.json").read_text())
-    assert str(seen_at_import.get("CUDA_VISIBLE_DEVICES")) == visible
+    initial_environment = json.loads((tmp_path / "work" / "environment.json").read_text())
+    assert str(initial_environment.get("CUDA_VISIBLE_DEVICES")) == visible
 
 
 @pytest.mark.parametrize("module", ["tasks", "flows.pipeline"])
-def test_an_import_changes_nothing_in_the_environment(module: str) -> None:
+def test_an_import_leaves_the_environment_unchanged(module: str) -> None:
     code = f"import os; before = dict(os.environ); import {module}; print(dict(os.environ) == before)"
     variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     command = [sys.executable, "-c", code]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tasks.core import store as store_module
 from tasks.core.errors import Corrupted, StorageRefused, StorageUnavailable
 from tasks.core.store import open_store
 from tests.conftest import Bucket
@@ -33,7 +34,7 @@ def test_objects_carry_their_sha256_and_large_ones_have_parts(s3: Bucket, model:
         head = s3.client.head_object(Bucket=s3.name, Key=f"team/stillhouse/{file.key}")
         assert head["Metadata"] == {"sha256": file.sha256}
         assert ("-3" in head["ETag"]) == (file.name == "model.safetensors")
-    keys = [found["Key"] for found in s3.client.list_objects_v2(Bucket=s3.name)["Contents"]]
+    keys = [item["Key"] for item in s3.client.list_objects_v2(Bucket=s3.name)["Contents"]]
     assert all(key.startswith("team/stillhouse/") for key in keys)
     other = open_store(f"s3://{s3.name}/")  # no prefix, another store
     assert not other.has(digest)
@@ -91,23 +92,27 @@ def test_unknown_bucket(s3: Bucket, model: Path) -> None:
         open_store("s3://not a bucket/prefix").check()
 
 
+@pytest.fixture
+def every_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress at every chunk instead of twice a second."""
+    monkeypatch.setattr(store_module, "REPORT_SECONDS", -1)
+
+
 def stopping(server: Swift, when: str) -> Callable[[float, float, str, str], None]:
     """A progress that stops the server in the middle of the second file."""
 
-    def progress(done: float, total: float, unit: str, note: str) -> None:
-        if note == when and server.running:
-            if done < 0.1:
-                time.sleep(0.6)  # so that the next bytes are told at once
-            else:
-                server.stop()
+    def progress(completed: float, total: float, unit: str, note: str) -> None:
+        if note == when and server.running and completed > 0.1:
+            server.stop()
 
     return progress
 
 
-def test_server_that_is_gone_in_the_middle_of_an_upload(s3: Bucket, model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("every_report")
+def test_server_that_stops_in_the_middle_of_an_upload(s3: Bucket, model: Path, tmp_path: Path) -> None:
     store, sent = open_store(s3.uri), []
 
-    def look(done: float, total: float, unit: str, note: str) -> None:
+    def record(completed: float, total: float, unit: str, note: str) -> None:
         if note == "storing":
             sent.append(total)
 
@@ -117,13 +122,14 @@ def test_server_that_is_gone_in_the_middle_of_an_upload(s3: Bucket, model: Path,
     with pytest.raises(StorageUnavailable, match="AWS_ENDPOINT_URL_S3"):
         store.check()
     s3.server.start()
-    digest = store.put(model, progress=look)
+    digest = store.put(model, progress=record)
     assert sent[-1] == (40 << 20) / 1e6  # config.json is there already: only the large file is sent again
     assert store.has(digest)
     assert (store.fetch(digest, tmp_path / "back") / "config.json").read_bytes() == b"{}"
 
 
-def test_server_that_is_gone_in_the_middle_of_a_download(s3: Bucket, model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("every_report")
+def test_server_that_stops_in_the_middle_of_a_download(s3: Bucket, model: Path, tmp_path: Path) -> None:
     store = open_store(s3.uri)
     digest = store.put(model)
 
@@ -136,8 +142,8 @@ def test_server_that_is_gone_in_the_middle_of_a_download(s3: Bucket, model: Path
 
 
 def test_endpoint_where_nothing_listens(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{port}")
     begin = time.monotonic()
     with pytest.raises(StorageUnavailable, match=f"127.0.0.1:{port}"):

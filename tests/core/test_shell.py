@@ -1,30 +1,38 @@
-"""Two runs on one host: who waits for whom."""
+"""Two runs on one host: one waits while the other makes the same output."""
 
 import threading
 from pathlib import Path
 
-from prefect.logging import disable_run_logger
+import pytest
 
-from tasks.core.shell import _alone
+from tasks.core import shell
 
 
-def test_a_run_waits_for_who_makes_the_same_and_for_nobody_else(tmp_path: Path) -> None:
-    ours, order = tmp_path / "distill.teacher_cache-0123", list[str]()
-    inside = threading.Event()
+class Logger:
+    """A logger whose `waiting` is set when a run says that it waits for another one."""
+
+    def __init__(self) -> None:
+        self.waiting = threading.Event()
+
+    def info(self, message: str, *arguments: object) -> None:
+        assert "waiting for it" in message
+        self.waiting.set()
+
+
+def test_a_run_waits_only_for_a_run_with_the_same_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch, order, logger = tmp_path / "distill.teacher_cache-0123", list[str](), Logger()
+    monkeypatch.setattr(shell, "get_run_logger", lambda: logger)
 
     def second() -> None:
-        with disable_run_logger():
-            inside.set()
-            with _alone(ours):
-                order.append("second")
+        with shell._output_lock(scratch):
+            order.append("second")
 
-    waiting = threading.Thread(target=second)
-    with _alone(ours):
-        waiting.start()
-        inside.wait(10)
-        with _alone(tmp_path / "distill.teacher_cache-4567"):  # another output of the same stage
+    thread = threading.Thread(target=second)
+    with shell._output_lock(scratch):
+        thread.start()
+        assert logger.waiting.wait(10)
+        with shell._output_lock(tmp_path / "distill.teacher_cache-4567"):  # another output of the same stage
             order.append("other")
-        waiting.join(0.3)
         order.append("first")
-    waiting.join(10)
+    thread.join(10)
     assert order == ["other", "first", "second"]

@@ -7,8 +7,9 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.core.errors import GateFailed, Preempted
+from tasks.core.mlflow_connection import without_password
 from tasks.core.settings import Settings
-from tasks.core.tracking import PROCESS, STAGE, Tracker, without_password
+from tasks.core.tracking import PROCESS, STAGE, Tracker
 from tests.mlflow_database import put_empty_database
 
 
@@ -38,9 +39,9 @@ def test_runs_end_truthfully_and_a_retry_continues_the_same_run(settings: Settin
     assert failed.info.status == "FAILED" and "too bad" in failed.data.tags["error"]
     assert failed.data.tags["mlflow.parentRunId"] == parent.run_id
 
-    with pytest.raises(Preempted), tracker.stage("teacher") as again:
+    with pytest.raises(Preempted), tracker.stage("teacher") as retried:
         raise Preempted("stopped")
-    assert again.run_id == run.run_id and client.get_run(run.run_id).info.status == "KILLED"
+    assert retried.run_id == run.run_id and client.get_run(run.run_id).info.status == "KILLED"
     with pytest.raises(KeyboardInterrupt), tracker.stage("teacher"):
         raise KeyboardInterrupt
     assert client.get_run(run.run_id).info.status == "KILLED"
@@ -48,10 +49,10 @@ def test_runs_end_truthfully_and_a_retry_continues_the_same_run(settings: Settin
     with tracker.stage("teacher") as third:
         third.params({"rank": 8})
         third.metrics(2, {"loss": 1.0})
-    done = client.get_run(run.run_id)
-    assert third.run_id == run.run_id and done.info.status == "FINISHED"
+    finished = client.get_run(run.run_id)
+    assert third.run_id == run.run_id and finished.info.status == "FINISHED"
     assert [point.value for point in client.get_metric_history(run.run_id, "loss")] == [2.0, 1.0]
-    assert done.data.params == {"rank": "8"}
+    assert finished.data.params == {"rank": "8"}
 
 
 def test_another_process_finds_the_same_runs(settings: Settings) -> None:
@@ -60,13 +61,13 @@ def test_another_process_finds_the_same_runs(settings: Settings) -> None:
     assert open_tracker(settings, "flow-2").flow().run_id != first.flow().run_id
 
 
-def test_runs_of_killed_processes_are_reaped(settings: Settings) -> None:
+def test_runs_of_killed_processes_are_ended(settings: Settings) -> None:
     client = MlflowClient(settings.tracking_uri)
     tracker = open_tracker(settings)
     dead, alive = tracker.flow(), open_tracker(settings, "flow-2").flow()
     host, pid, _ = client.get_run(str(dead.run_id)).data.tags[PROCESS].split(":")
     client.set_tag(str(dead.run_id), PROCESS, f"{host}:{pid}:1")  # the same pid, started in 1970: another process
-    tracker.reap()
+    tracker.end_dead_runs()
     assert client.get_run(str(dead.run_id)).info.status == "KILLED"
     assert client.get_run(str(alive.run_id)).info.status == "RUNNING"
 
@@ -94,7 +95,7 @@ def test_datasets_and_artifacts(settings: Settings, tmp_path: Path) -> None:
     assert client.get_run(run.run_id).data.tags[STAGE] == "ingest"
 
 
-def test_a_server_that_is_not_there_warns_once_and_stops_nothing(
+def test_a_missing_server_gives_one_warning_and_does_not_stop_the_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
@@ -116,14 +117,18 @@ def test_what_mlflow_refuses_is_all_that_is_lost(settings: Settings) -> None:
         run.params({"rank": 16})
         run.metrics(1, {"loss": 2.0})
     assert len(warnings) == 1 and "refused" in warnings[0] and "rank" in warnings[0]
-    found = MlflowClient(settings.tracking_uri).get_run(str(run.run_id))
-    assert (found.data.params, found.data.metrics, found.info.status) == ({"rank": "8"}, {"loss": 2.0}, "FINISHED")
+    recorded = MlflowClient(settings.tracking_uri).get_run(str(run.run_id))
+    assert (recorded.data.params, recorded.data.metrics, recorded.info.status) == (
+        {"rank": "8"},
+        {"loss": 2.0},
+        "FINISHED",
+    )
 
 
 @pytest.mark.parametrize(
     "uri", ["postgresql://joe:hunter2@127.0.0.1:9/mlflow", "http://joe:hunter2@127.0.0.1:9", "sqlite:////proc/x/m.db"]
 )
-def test_a_database_or_server_out_of_reach_stops_nothing_and_no_password_is_told(
+def test_a_database_or_server_out_of_reach_does_not_stop_the_run_and_no_password_is_logged(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -135,6 +140,6 @@ def test_a_database_or_server_out_of_reach_stops_nothing_and_no_password_is_told
     assert "the run goes on without it" in warnings[0] and "hunter2" not in warnings[0]
 
 
-def test_a_link_shows_no_password() -> None:
+def test_a_link_has_no_password() -> None:
     assert without_password("https://joe:hunter2@mlflow.example.org/x") == "https://mlflow.example.org/x"
     assert without_password("see http://a/b@c and s3://bucket/key") == "see http://a/b@c and s3://bucket/key"

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from tests.conftest import Bucket
 from tests.flows.pico_run import ROOT, settings
 from tests.prefect_server import PrefectServer
+from tests.waiting import wait_until
 
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
@@ -77,11 +77,11 @@ def test_a_run_made_over_rest_completes_on_s3(
     again = create(prefect_server, config, "night-1")
     assert again.status_code == 200 and again.json()["id"] == made.json()["id"]
 
-    deadline, state = time.monotonic() + 600, ""
-    while time.monotonic() < deadline and state not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-        time.sleep(1)
+    def final_state() -> str:
         state = httpx.get(f"{prefect_server.url}/flow_runs/{made.json()['id']}").json()["state_type"]
-    assert state == "COMPLETED", (tmp_path / "worker.log").read_text()[-5000:]
+        return str(state) if state in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED") else ""
+
+    assert wait_until(final_state, 600, 1) == "COMPLETED", (tmp_path / "worker.log").read_text()[-5000:]
     listed = boto3.client("s3").list_objects_v2(Bucket=s3.name, Prefix="team/stillhouse/index/")
     stages = {item["Key"].split("/")[3] for item in listed["Contents"]}
     expected = {

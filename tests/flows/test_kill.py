@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from mlflow import MlflowClient
 
 from tests.flows.pico_run import TRAINING, Home
 from tests.prefect_server import PrefectServer
+from tests.waiting import wait_until
 
-SEEN_MODULES = {"ingest", "teacher", "states", "distill", "outliers", "merge", "gguf", "evaluate", "gate"}
+# Folders of the stages; a process's name is cut to 15 characters, "stage:teacher_c".
+SEEN_MODULES = {"ingest", "teacher", "teacher_c", "distill", "outliers", "merge", "gguf", "evaluate", "gate"}
 # Long enough to be stopped in the teacher's training, and little to do afterwards.
 SETTINGS: dict[str, Any] = {
     "teacher": {**TRAINING, "max_steps": 60, "save_every_steps": 5, "batch_size": 2, "micro_batch_size": 2},
@@ -46,11 +47,13 @@ def kill_one_of_each(run: "subprocess.Popen[bytes]", wanted: set[str], killed: s
 def stop_in_training(home: Home, sign: signal.Signals, killed: set[str]) -> None:
     """Starts the run, kills its first ingest, and stops it when the teacher has a checkpoint; no process is left."""
     run = home.start()
-    deadline = time.monotonic() + 300
-    checkpoints = home.directory / "home" / "scratch"
-    while not list(checkpoints.glob("teacher-*/work/checkpoints/*/*")) and time.monotonic() < deadline:
+    scratch = home.directory / "home" / "scratch"
+
+    def has_checkpoint() -> bool:
         kill_one_of_each(run, {"ingest"}, killed)
-        time.sleep(0.02)
+        return run.poll() is not None or any(scratch.glob("teacher-*/work/checkpoints/*/*"))
+
+    wait_until(has_checkpoint, 300)
     family = psutil.Process(run.pid).children(recursive=True)
     assert [child.name() for child in stages(run.pid)] == ["stage:teacher"], home.output[-3000:]
     os.kill(run.pid, sign)
@@ -74,10 +77,12 @@ def test_a_killed_run_goes_on_where_it_was_though_a_child_of_every_stage_is_kill
 
     home.environment["STILLHOUSE_GPU_SLOT"] += "-again"  # a dead run's slot stays taken for its lease of 60 s
     run = home.start()
-    deadline = time.monotonic() + 500
-    while run.poll() is None and time.monotonic() < deadline:
+
+    def has_ended() -> bool:
         kill_one_of_each(run, SEEN_MODULES, killed)
-        time.sleep(0.02)
+        return run.poll() is not None
+
+    wait_until(has_ended, 500)
     assert run.returncode == 0, home.output[-6000:]
     assert killed == SEEN_MODULES
     assert home.output.count("was ended by SIGKILL") >= len(killed) - 1

@@ -3,24 +3,25 @@ import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.core.child import NURSERY
+from tasks.core.child_process import FORK_SERVER
 from tasks.core.command import Report
 from tasks.core.errors import BadConfig, BadData
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import Message, Row, write_rows
+from tasks.core.rows import Message, Row
 from tasks.engine.models.load import load_model
 from tasks.teacher import FineTuneConfig
 from tasks.teacher.run import fine_tune
 from tests.engine.rows import example_dataset, example_rows
 from tests.pico import pico_model
+from tests.rows import write_rows
+from tests.waiting import wait_until
 
 SETTINGS = dict(rank=4, learning_rate=5e-3, batch_size=8, micro_batch_size=8, max_steps=12)
 
@@ -95,14 +96,10 @@ def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_adapter(base,
     config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
     out, work = tmp_path / "killed" / "out", tmp_path / "killed" / "work"
     arguments = [config, "--base", base.base, "--dataset", dataset, "--out", out, "--work", work]
-    child = NURSERY.start("tasks.teacher.run", [*map(str, arguments)], tmp_path / "log.txt", dict(os.environ))
-    deadline = time.monotonic() + 120
-    while not list(work.glob("checkpoints/checkpoint-*/manifest.json")):
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    child = FORK_SERVER.start("tasks.teacher.run", [*map(str, arguments)], tmp_path / "log.txt", dict(os.environ))
+    wait_until(lambda: list(work.glob("checkpoints/checkpoint-*/manifest.json")), 120, 0.01)
     os.kill(child.pid, signal.SIGKILL)
-    while child.poll() is None:
-        time.sleep(0.01)
+    wait_until(lambda: child.poll() is not None)
     assert child.returncode == -signal.SIGKILL
     assert not (out / "report.json").exists() and not (out / "adapter_model.safetensors").exists()
     out.rename(tmp_path / "killed" / "left")

@@ -17,9 +17,9 @@ from boto3.exceptions import Boto3Error, RetriesExceededError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, HTTPClientError, SSLError
-from botocore.exceptions import ConnectionError as NoConnection
+from botocore.exceptions import ConnectionError as S3ConnectionError
 
-from tasks.core.blobs import PROBE, Moved, disk
+from tasks.core.blobs import PROBE, OnBytes, disk_errors
 from tasks.core.errors import (
     BadConfig,
     Corrupted,
@@ -40,8 +40,13 @@ TRANSFER = TransferConfig(
     max_concurrency=8,
     preferred_transfer_client="classic",
 )
-MAY_PASS = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "OperationAborted", "NoSuchUpload"}
-BAD_TRANSFER = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+TRANSIENT = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "OperationAborted", "NoSuchUpload"}
+CHECKSUM_ERRORS = {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+
+
+def open_blobs(uri: str) -> "S3Blobs":
+    """The bucket and prefix that `uri` names; asks no server yet."""
+    return S3Blobs(uri)
 
 
 class S3Blobs:
@@ -53,13 +58,13 @@ class S3Blobs:
         if not self._bucket:
             raise BadConfig(f"{uri}: no bucket; write s3://BUCKET/PREFIX")
         self.uri = f"s3://{self._bucket}" + (f"/{prefix}" if prefix else "")
-        self._s3 = _client(attempts=None if "AWS_MAX_ATTEMPTS" in os.environ else 10)
+        self._client = _client(attempts=None if "AWS_MAX_ATTEMPTS" in os.environ else 10)
 
     def size(self, key: str) -> int | None:
-        """HEAD."""
-        with self._asking(f"look for {key}"):
+        """HEAD: the object's length."""
+        with self._typed_errors(f"look for {key}"):
             try:
-                return self._s3.head_object(**self._name(key))["ContentLength"]
+                return self._client.head_object(**self._object(key))["ContentLength"]
             except ClientError as error:
                 if _status(error) == 404:
                     return None
@@ -67,101 +72,104 @@ class S3Blobs:
 
     def keys(self, prefix: str) -> Iterator[str]:
         """LIST, page by page: every key that starts with `prefix`, sorted."""
-        with self._asking(f"list {prefix or 'all keys'}"):
-            pages = self._s3.get_paginator("list_objects_v2").paginate(
+        with self._typed_errors(f"list {prefix or 'all keys'}"):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
             for page in pages:
-                yield from (found["Key"].removeprefix(self._prefix) for found in page.get("Contents", []))
+                yield from (item["Key"].removeprefix(self._prefix) for item in page.get("Contents", []))
 
     def read(self, key: str) -> bytes | None:
         """GET, into memory."""
-        with self._asking(f"read {key}"):
-            return self._read(self._s3, key)
+        with self._typed_errors(f"read {key}"):
+            return self._read(self._client, key)
 
     def write(self, key: str, data: bytes) -> None:
         """PUT."""
-        with self._asking(f"write {key}"):
-            self._s3.put_object(**self._name(key), Body=data)
+        with self._typed_errors(f"write {key}"):
+            self._client.put_object(**self._object(key), Body=data)
 
-    def upload(self, key: str, path: Path, sha256: str, moved: Moved) -> None:
+    def upload(self, key: str, path: Path, sha256: str, on_bytes: OnBytes) -> None:
         """PUT, in parts and in parallel for a large file; boto3 sends a CRC32 of every part, which S3 verifies."""
-        name, extra = self._name(key), {"Metadata": {"sha256": sha256}}
-        with disk(f"read {path}"), self._asking(f"upload {path.name} to {key}"):
-            self._s3.upload_file(str(path), **name, ExtraArgs=extra, Callback=moved, Config=TRANSFER)
+        extra = {"Metadata": {"sha256": sha256}}
+        with disk_errors(f"read {path}"), self._typed_errors(f"upload {path.name} to {key}"):
+            self._client.upload_file(
+                str(path), **self._object(key), ExtraArgs=extra, Callback=on_bytes, Config=TRANSFER
+            )
 
-    def download(self, key: str, path: Path, moved: Moved) -> None:
+    def download(self, key: str, path: Path, on_bytes: OnBytes) -> None:
         """GET, in ranges and in parallel for a large object."""
-        with disk(f"write to {path.parent}"), self._asking(f"download {key}"):
-            self._s3.download_file(**self._name(key), Filename=str(path), Callback=moved, Config=TRANSFER)
+        with disk_errors(f"write to {path.parent}"), self._typed_errors(f"download {key}"):
+            self._client.download_file(**self._object(key), Filename=str(path), Callback=on_bytes, Config=TRANSFER)
 
     def set_aside(self, key: str) -> None:
         """Copies on the server, and deletes."""
-        with self._asking(f"set {key} aside"):
-            self._s3.copy(self._name(key), **self._name(f"aside/{key}"), Config=TRANSFER)
-            self._s3.delete_object(**self._name(key))
+        with self._typed_errors(f"set {key} aside"):
+            self._client.copy(self._object(key), **self._object(f"aside/{key}"), Config=TRANSFER)
+            self._client.delete_object(**self._object(key))
 
     def check(self) -> None:
         """Gives up after three tries: it is the start of a run, with a person watching."""
         key, data = PROBE
-        with self._asking("write and read a tiny object"):
+        with self._typed_errors("write and read a tiny object"):
             probe = _client(attempts=3)
-            probe.put_object(**self._name(key), Body=data)
+            probe.put_object(**self._object(key), Body=data)
             if self._read(probe, key) != data:
-                raise StorageRefused(f"{self._where()} does not give back what was written to it: is it S3?")
+                raise StorageRefused(f"{self._location()} does not give back what was written to it: is it S3?")
 
-    def _name(self, key: str) -> Any:  # the stubs want a TypedDict of their own for every call
+    def _object(self, key: str) -> Any:  # the stubs want a TypedDict of their own for every call
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
-    def _read(self, s3: "S3Client", key: str) -> bytes | None:
+    def _read(self, client: "S3Client", key: str) -> bytes | None:
         try:
-            return s3.get_object(**self._name(key))["Body"].read()
-        except s3.exceptions.NoSuchKey:
+            return client.get_object(**self._object(key))["Body"].read()
+        except client.exceptions.NoSuchKey:
             return None
 
-    def _where(self) -> str:
-        return f"{self.uri} at {self._s3.meta.endpoint_url}"
+    def _location(self) -> str:
+        return f"{self.uri} at {self._client.meta.endpoint_url}"
 
     @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
+    def _typed_errors(self, action: str) -> Iterator[None]:
         try:
             yield
         except (ClientError, BotoCoreError, Boto3Error) as error:
-            raise self._typed(error, f"cannot {what} in {self._where()}") from error
+            raise self._stage_error(error, f"cannot {action} in {self._location()}") from error
 
-    def _typed(self, error: Exception, what: str) -> StageError:
-        """`error` as what a retry policy and a person need to know."""
+    def _stage_error(self, error: Exception, message: str) -> StageError:
+        """The typed error for one of boto3's; `message` says what could not be done."""
         cause = error
         if isinstance(error, RetriesExceededError):
             cause = error.last_exception  # type: ignore[attr-defined]  # missing in the stubs
         elif isinstance(error, Boto3Error) and isinstance(error.__context__, Exception):
             cause = error.__context__  # S3UploadFailedError keeps only the text of its cause
-        what = f"{what}: {cause}"
+        message = f"{message}: {cause}"
         if isinstance(cause, ClientError):
-            return self._answered(cause, what)
+            return self._response_error(cause, message)
         if isinstance(cause, FlexibleChecksumError):
-            return Corrupted(f"{what}. The bytes changed on their way; try again")
+            return Corrupted(f"{message}. The bytes changed on their way; try again")
         if isinstance(cause, SSLError):
-            return StorageRefused(f"{what}. Is it https? Set AWS_ENDPOINT_URL_S3, or its certificate: AWS_CA_BUNDLE")
-        if isinstance(cause, (HTTPClientError, NoConnection, OSError)) or isinstance(error, RetriesExceededError):
-            return StorageUnavailable(f"{what}. Is the server up, and AWS_ENDPOINT_URL_S3 right?")
-        return StorageRefused(f"{what}. {CREDENTIALS}")  # no credentials, no region, a bad bucket name ...
+            return StorageRefused(f"{message}. Is it https? Set AWS_ENDPOINT_URL_S3, or its certificate: AWS_CA_BUNDLE")
+        if isinstance(cause, (HTTPClientError, S3ConnectionError, OSError)) or isinstance(error, RetriesExceededError):
+            return StorageUnavailable(f"{message}. Is the server up, and AWS_ENDPOINT_URL_S3 right?")
+        return StorageRefused(f"{message}. {CREDENTIALS}")  # no credentials, no region, a bad bucket name ...
 
-    def _answered(self, error: ClientError, what: str) -> StageError:
+    def _response_error(self, error: ClientError, message: str) -> StageError:
+        """The typed error for a response of the server's."""
         status, code = _status(error), error.response["Error"]["Code"]
         if status == 507:
-            return NoSpace(f"{what}. The object store is full")
-        if status >= 500 or status == 429 or code in MAY_PASS:
-            return StorageUnavailable(what)
-        if code in BAD_TRANSFER:
-            return Corrupted(f"{what}. The bytes changed on their way; try again")
+            return NoSpace(f"{message}. The object store is full")
+        if status >= 500 or status == 429 or code in TRANSIENT:
+            return StorageUnavailable(message)
+        if code in CHECKSUM_ERRORS:
+            return Corrupted(f"{message}. The bytes changed on their way; try again")
         if code in ("NoSuchKey", "404"):  # HEAD has no body, and so no code
-            return Missing(what)
+            return Missing(message)
         if code == "NoSuchBucket":
-            return StorageRefused(f"{what}. Create it: aws s3 mb s3://{self._bucket}")
+            return StorageRefused(f"{message}. Create it: aws s3 mb s3://{self._bucket}")
         if code == "RequestTimeTooSkewed":
-            return StorageRefused(f"{what}. Set this machine's clock")
-        return StorageRefused(f"{what}. {CREDENTIALS}")
+            return StorageRefused(f"{message}. Set this machine's clock")
+        return StorageRefused(f"{message}. {CREDENTIALS}")
 
 
 CREDENTIALS = (
@@ -172,14 +180,14 @@ CREDENTIALS = (
 
 def _client(attempts: int | None) -> "S3Client":
     retries: dict[str, Any] = {"mode": "standard"} | ({"total_max_attempts": attempts} if attempts else {})
-    own_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    custom_endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         retries=retries,  # type: ignore[arg-type]  # a TypedDict in the stubs
         connect_timeout=5,
         read_timeout=60,
         tcp_keepalive=True,
         max_pool_connections=16,
-        s3={"addressing_style": "path" if own_endpoint else "auto"},
+        s3={"addressing_style": "path" if custom_endpoint else "auto"},
     )
     session = boto3.session.Session()  # boto3's default session is not safe for threads
     try:

@@ -1,8 +1,8 @@
-"""Runs a stage's command in a child process, follows its events, and never leaves it behind.
+"""Runs a stage's command in a child process, forwards its events, and stops it whenever the parent is stopped.
 
 A child, because a CUDA assert or an out-of-memory error poisons its process, because memory is really free when a
-process ends, and because a process can be killed. It stays in our session, so that whoever kills our process group
-kills it too, and asks the kernel for SIGTERM when we die.
+process ends, and because a process can be killed. It stays in the parent's session, so that a signal to the process
+group reaches it too, and asks the kernel for SIGTERM when the parent dies.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Any
 import psutil
 
 from tasks.core.errors import BY_EXIT_CODE, Killed, StageError, Stalled
-from tasks.core.fork_server import Nursery, WarmChild
+from tasks.core.fork_server import ForkedCommand, ForkServer
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0  # Prefect's own grace for a cancelled run is 30 s for the whole process group
 LOG_LINES = 30
-OF_TORCHRUN = 80  # lines at most, with their beginning
+TORCHRUN_LINES = 80  # at most, of torchrun's own report at the end of a log, which begins with this file's name:
 TORCHRUN = "torch/distributed/elastic/multiprocessing/api.py"
-NURSERY = Nursery()
+FORK_SERVER = ForkServer()
 
 
 def run_command(
@@ -39,9 +39,10 @@ def run_command(
     warm: bool = False,
     processes: int = 1,
 ) -> None:
-    """Runs `python -m module arguments` to its end, `warm` or in a new interpreter; returns when it exits with 0.
+    """Runs `python -m module arguments` and returns when it exits with 0.
 
-    Several `processes` are started by torchrun (tasks.core.launch).
+    `warm` forks it off the process that has imported torch (tasks.core.fork_server) instead of starting an
+    interpreter; several `processes` are started by torchrun (tasks.core.launch).
 
     Its output goes to `<work>/log.txt`, its events (`<work>/events.jsonl`) to `on_event` as they come. Raises the
     error that its exit code stands for, with its own message or the end of its log; `Stalled` when neither file
@@ -50,31 +51,31 @@ def run_command(
     """
     work.mkdir(parents=True, exist_ok=True)
     log, events = work / "log.txt", work / "events.jsonl"
-    log.touch()  # a fork of a busy machine makes it late
+    log.touch()  # on a busy machine the fork creates it late
     events.touch()
     environment = {
         "GOMP_SPINCOUNT": "20000",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # what is freed can be used again whatever its size
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # freed memory serves allocations of any size
         **os.environ,
-    }  # OpenMP's default spins: see docs/benchmarks.md
+    }  # OpenMP's default spins: see docs/benchmarks/quickstart.md
     environment |= {"STILLHOUSE_PARENT": str(os.getpid()), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     with events.open(encoding="utf-8") as stream:
         stream.seek(0, os.SEEK_END)
         if processes > 1:
             arguments = [str(processes), module, *arguments]
-            child: subprocess.Popen[bytes] | WarmChild = _start("tasks.core.launch", arguments, log, environment)
+            child: subprocess.Popen[bytes] | ForkedCommand = _start("tasks.core.launch", arguments, log, environment)
         else:
-            child = (NURSERY.start(module, arguments, log, environment) if warm else None) or _start(
+            child = (FORK_SERVER.start(module, arguments, log, environment) if warm else None) or _start(
                 module, arguments, log, environment
             )
         try:
-            _follow(child, log, events, stream, on_event, stall_seconds, timeout_seconds)
+            _supervise(child, log, events, stream, on_event, stall_seconds, timeout_seconds)
         except BaseException:
             stop_tree(child.pid)
-            _wait(child)
-            _forward(stream, on_event)  # what it said while it saved its last checkpoint
+            _reap(child)
+            _forward_events(stream, on_event)  # those of its last checkpoint
             raise
-        _forward(stream, on_event)
+        _forward_events(stream, on_event)
     if child.returncode:
         raise _error(module, child.returncode, work)
 
@@ -89,37 +90,38 @@ def _start(
         )  # fmt: skip
 
 
-def _wait(child: "subprocess.Popen[bytes] | WarmChild", seconds: float = 5.0) -> None:
-    """Takes the exit code of a child that was stopped."""
+def _reap(child: "subprocess.Popen[bytes] | ForkedCommand", seconds: float = 5.0) -> None:
+    """Waits for the exit code of a child that was stopped."""
     deadline = time.monotonic() + seconds
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
-def _follow(
-    child: "subprocess.Popen[bytes] | WarmChild", log: Path, events: Path, stream: Any,
+def _supervise(
+    child: "subprocess.Popen[bytes] | ForkedCommand", log: Path, events: Path, stream: Any,
     on_event: Callable[[dict[str, Any]], None], stall_seconds: float, timeout_seconds: float,
 ) -> None:  # fmt: skip
-    started = alive = time.monotonic()
+    """Forwards events until the child ends; raises `Stalled` when it shows no activity or runs too long."""
+    started = last_growth = time.monotonic()
     sizes = (-1, -1)
     while child.poll() is None:
         time.sleep(POLL_SECONDS)
-        _forward(stream, on_event)
-        grown = (log.stat().st_size, events.stat().st_size)
-        now = time.monotonic()
-        if grown != sizes:
-            sizes, alive = grown, now
-        if now - alive > stall_seconds:
+        _forward_events(stream, on_event)
+        new_sizes = (log.stat().st_size, events.stat().st_size)
+        current = time.monotonic()
+        if new_sizes != sizes:
+            sizes, last_growth = new_sizes, current
+        if current - last_growth > stall_seconds:
             with suppress(ProcessLookupError):  # it ended just now
                 os.kill(child.pid, signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
             time.sleep(1)
             raise Stalled(f"no sign of life for {stall_seconds:.0f} s; stopped. Its stacks:\n{tail(log)}")
-        if now - started > timeout_seconds:
+        if current - started > timeout_seconds:
             raise Stalled(f"still running after {timeout_seconds:.0f} s (STILLHOUSE_TIMEOUT_SECONDS); stopped")
 
 
-def _forward(stream: Any, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """Hands over the complete lines; a line still being written is left for the next time."""
+def _forward_events(stream: Any, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Passes the complete lines on; a line still being written stays for the next call."""
     while True:
         position = stream.tell()
         line = stream.readline()
@@ -130,10 +132,11 @@ def _forward(stream: Any, on_event: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _error(module: str, code: int, work: Path) -> StageError:
+    """The typed error of a command that ended with `code` (negative: a signal), with its message or its log's end."""
     kind = Killed if code < 0 else BY_EXIT_CODE.get(code, StageError)
-    told = work / "error.json"
-    if code > 0 and told.exists():
-        error = json.loads(told.read_text())
+    error_file = work / "error.json"
+    if code > 0 and error_file.exists():
+        error = json.loads(error_file.read_text())
         kind = BY_EXIT_CODE.get(error["code"], kind)  # torchrun exits with 1, whatever its processes did
         message = error["message"]
     elif code < 0:
@@ -146,24 +149,23 @@ def _error(module: str, code: int, work: Path) -> StageError:
 
 
 def tail(path: Path, lines: int = LOG_LINES) -> str:
-    """The last lines of a log, each cut at 500 characters, without those in which torchrun says that its processes
-    ended."""
+    """The last lines of a log, each cut at 500 characters, without torchrun's own report of ended processes."""
     if not path.exists():
         return ""
-    told = path.read_text(errors="replace").splitlines()
-    late = range(max(0, len(told) - OF_TORCHRUN), len(told))
-    end = next((number for number in late if TORCHRUN in told[number]), len(told))
-    return "\n".join(line[:500] for line in told[:end][-lines:])
+    log = path.read_text(errors="replace").splitlines()
+    last = range(max(0, len(log) - TORCHRUN_LINES), len(log))
+    end = next((number for number in last if TORCHRUN in log[number]), len(log))
+    return "\n".join(line[:500] for line in log[:end][-lines:])
 
 
 def stop_tree(pid: int, grace_seconds: float = GRACE_SECONDS) -> None:
-    """SIGTERM to the process, which tells its own children (torchrun does); SIGKILL to all that is left."""
+    """Sends SIGTERM to the process, which stops its own children (torchrun does), then SIGKILL to all that remain."""
     try:
         root = psutil.Process(pid)
         family = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    with suppress(psutil.NoSuchProcess):  # another process reaps a warm child
+    with suppress(psutil.NoSuchProcess):  # the fork server reaps a forked command
         root.terminate()
     _, alive = psutil.wait_procs(family, timeout=grace_seconds)
     for process in alive:

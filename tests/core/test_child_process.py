@@ -5,40 +5,52 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tasks.core import child
+from tasks.core import child_process
 from tasks.core.errors import BadConfig, GateFailed, Killed, NoSpace, OutOfMemory, Preempted, StageError, Stalled
+from tests.waiting import wait_until
 
 
 @pytest.fixture(params=[False, True], ids=["cold", "warm"], autouse=True)
 def warm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Every test with a new interpreter, and with a fork of the warm process."""
+    """Every test with a new interpreter, and with a fork of the fork server."""
     monkeypatch.setitem(WARM, "warm", request.param)
     return bool(request.param)
 
 
 WARM = {"warm": False}
+OnEvent = Callable[[dict[str, Any]], None]
 
 
-def run(tmp_path: Path, act: str, *extra: str, stall: float = 30, timeout: float = 60) -> list[dict[str, Any]]:
-    config, events = tmp_path / "config.json", []
-    config.write_text(json.dumps({"act": act}))
-    arguments = [str(config), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *extra]
-    child.run_command("tests.core.probe", arguments, tmp_path / "work", events.append, stall, timeout, WARM["warm"])
+def run(
+    tmp_path: Path, act: str, *options: str, on_event: OnEvent | None = None, stall: float = 30, timeout: float = 60
+) -> list[dict[str, Any]]:
+    """Runs the probe and returns its events, or passes each of them to `on_event`."""
+    events: list[dict[str, Any]] = []
+    (tmp_path / "config.json").write_text(json.dumps({"act": act}))
+    work = tmp_path / "work"
+    arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(work), *options]
+    on_event = on_event or events.append
+    child_process.run_command("tests.core.probe", arguments, work, on_event, stall, timeout, WARM["warm"])
     return events
 
 
+def messages(tmp_path: Path) -> list[str]:
+    """The probe's log lines so far."""
+    file = tmp_path / "work" / "events.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []  # the last may be half written
+    return [json.loads(line).get("message", "") for line in lines]
+
+
 def pid_in(tmp_path: Path, word: str) -> int:
-    events = (tmp_path / "work" / "events.jsonl").read_text().splitlines()
-    messages = [json.loads(line).get("message", "") for line in events]
-    return next(int(message.split()[1]) for message in messages if message.startswith(word))
+    """The process id in the log line that begins with `word`; 0 before there is one."""
+    return next((int(text.split()[1]) for text in messages(tmp_path) if text.startswith(word)), 0)
 
 
 def test_success_writes_report_last_and_forwards_events(tmp_path: Path) -> None:
@@ -53,7 +65,7 @@ def test_success_writes_report_last_and_forwards_events(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "error", "said"),
+    ("act", "error", "message"),
     [
         ("gate", GateFailed, "exact match 0.81 is below 0.90"),
         ("value", BadConfig, "learning_rate is -1"),
@@ -64,8 +76,8 @@ def test_success_writes_report_last_and_forwards_events(tmp_path: Path) -> None:
         ("crash", StageError, "nobody foresaw this"),
     ],
 )
-def test_exit_codes_become_typed_errors(tmp_path: Path, act: str, error: type[StageError], said: str) -> None:
-    with pytest.raises(StageError, match=said) as raised:
+def test_exit_codes_become_typed_errors(tmp_path: Path, act: str, error: type[StageError], message: str) -> None:
+    with pytest.raises(StageError, match=message) as raised:
         run(tmp_path, act)
     assert type(raised.value) is error
     assert not (tmp_path / "out" / "report.json").exists()
@@ -76,7 +88,7 @@ def test_bad_config_names_the_field(tmp_path: Path) -> None:
         run(tmp_path, 7)  # type: ignore[arg-type]
 
 
-def test_a_model_that_is_not_whole_is_named_with_the_remedy_before_it_is_loaded(tmp_path: Path) -> None:
+def test_an_incomplete_model_is_named_with_the_remedy_before_it_is_loaded(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for directory in (base, adapter):
         directory.mkdir()
@@ -90,7 +102,7 @@ def test_a_model_that_is_not_whole_is_named_with_the_remedy_before_it_is_loaded(
         run(tmp_path, "succeed", "--models", f"m={base}+{adapter}")
 
 
-def test_a_stale_error_is_not_told_again(tmp_path: Path) -> None:
+def test_a_stale_error_is_not_reported_again(tmp_path: Path) -> None:
     with pytest.raises(GateFailed):
         run(tmp_path, "gate")
     run(tmp_path, "succeed")
@@ -99,86 +111,70 @@ def test_a_stale_error_is_not_told_again(tmp_path: Path) -> None:
 
 def test_stall_is_seen_and_its_stacks_are_shown(tmp_path: Path) -> None:
     with pytest.raises(Stalled, match="in probe"):
-        run(tmp_path, "sleep", stall=3)
+        run(tmp_path, "hang", stall=3)
     assert not psutil.pid_exists(pid_in(tmp_path, "pid"))
 
 
 def test_time_limit(tmp_path: Path) -> None:
     with pytest.raises(Stalled, match="still running"):
-        run(tmp_path, "sleep", timeout=2)
+        run(tmp_path, "hang", timeout=2)
 
 
 def test_a_checkpoint_is_saved_on_sigterm(tmp_path: Path) -> None:
-    def terminate() -> None:
-        while (
-            not (tmp_path / "work" / "events.jsonl").exists()
-            or "metrics" not in (tmp_path / "work" / "events.jsonl").read_text()
-        ):
-            time.sleep(0.05)
-        os.kill(pid_in(tmp_path, "pid"), signal.SIGTERM)
+    def terminate(event: dict[str, Any]) -> None:
+        if event.get("message") == "training":
+            os.kill(pid_in(tmp_path, "pid"), signal.SIGTERM)
 
-    threading.Thread(target=terminate).start()
     with pytest.raises(Preempted, match="same command"):
-        run(tmp_path, "checkpoint")
+        run(tmp_path, "checkpoint", on_event=terminate)
     assert (tmp_path / "work" / "checkpoint").read_text() == "saved"
 
 
 def test_interrupting_the_parent_leaves_no_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child and a grandchild that ignore SIGTERM are killed when the parent is interrupted."""
-    monkeypatch.setattr(child.stop_tree, "__defaults__", (1.0,))
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"act": "stubborn"}))
-    arguments = [str(config), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr(child_process.stop_tree, "__defaults__", (1.0,))
 
     def interrupt(event: dict[str, Any]) -> None:
         if str(event.get("message", "")).startswith("grandchild"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        child.run_command("tests.core.probe", arguments, tmp_path / "work", interrupt, 30, 60, WARM["warm"])
+        run(tmp_path, "stubborn", on_event=interrupt)
     assert not psutil.pid_exists(pid_in(tmp_path, "pid"))
     assert not psutil.pid_exists(pid_in(tmp_path, "grandchild"))
 
 
 def test_the_child_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"act": "sleep"}))
+    (tmp_path / "config.json").write_text(json.dumps({"act": "hang"}))
     code = (
-        "import sys; from pathlib import Path; from tasks.core.child import run_command; t = Path(sys.argv[1]);"
+        "import sys; from pathlib import Path; from tasks.core.child_process import run_command; t = Path(sys.argv[1]);"
         "run_command('tests.core.probe', [str(t/'config.json'), '--out', str(t/'out'), '--work', str(t/'work')],"
         f"t/'work', lambda event: None, 60, 60, {WARM['warm']})"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            pid = pid_in(tmp_path, "pid")
-            break
-        except (FileNotFoundError, StopIteration):
-            time.sleep(0.05)
+    pid = wait_until(lambda: pid_in(tmp_path, "pid"), 120)
     parent.kill()
     parent.wait()
-    gone, _ = psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
     assert not psutil.pid_exists(pid)
 
 
-def test_the_next_command_finds_the_warm_process_free_again(tmp_path: Path) -> None:
-    for act, error in (("killed", Killed), ("sleep", Stalled), ("gate", GateFailed)):
+def test_the_fork_server_is_free_for_the_next_command(tmp_path: Path) -> None:
+    for act, error in (("killed", Killed), ("hang", Stalled), ("gate", GateFailed)):
         with pytest.raises(error):
-            run(tmp_path, act, stall=1.5 if act == "sleep" else 30)
+            run(tmp_path, act, stall=1.5 if act == "hang" else 30)
     run(tmp_path, "succeed")
-    assert not child.NURSERY._lock.locked()
+    assert not child_process.FORK_SERVER._lock.locked()
 
 
-def test_a_command_can_be_told_apart_by_name(tmp_path: Path) -> None:
+def test_a_command_is_named_after_its_stage(tmp_path: Path) -> None:
     names: list[str] = []
 
-    def look(event: dict[str, Any]) -> None:
+    def read_name(event: dict[str, Any]) -> None:
         if str(event.get("message", "")).startswith("pid"):
             names.append(Path(f"/proc/{event['message'].split()[1]}/comm").read_text().strip())
             raise KeyboardInterrupt
 
-    (tmp_path / "config.json").write_text('{"act": "sleep"}')
-    arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     with pytest.raises(KeyboardInterrupt):
-        child.run_command("tests.core.probe", arguments, tmp_path / "work", look, 30, 60, WARM["warm"])
+        run(tmp_path, "hang", on_event=read_name)
     assert names == ["stage:core"]
