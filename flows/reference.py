@@ -21,6 +21,7 @@ from flows.flow_config import FlowConfig
 from flows.presets import preset_names, preset_text
 from flows.quantize import QuantizeConfig
 from tasks.core.config import RUN_WIDE, StageConfig, conditions, shown
+from tasks.core.named_choice import NameIn
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 FLOWS: dict[str, tuple[str, type[FlowConfig]]] = {
@@ -109,6 +110,9 @@ def _table(fields: dict[str, FieldInfo]) -> Iterator[str]:
 
 def type_of(field: FieldInfo) -> str:
     """A field's type and bounds in words: `integer ≥ 1, ≤ 1024`."""
+    for mark in field.metadata:
+        if isinstance(mark, NameIn):
+            return ", ".join(f"`{name}`" for name in mark.names)
     bounds = [f"{sign} {getattr(mark, key):g}" for mark in field.metadata for kind, (key, sign) in BOUNDS.items()
               if isinstance(mark, kind)]  # fmt: skip
     return " ".join([_type(field.annotation), ", ".join(bounds)]).strip()

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from pydantic import AfterValidator, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
+from tasks.core.named_choice import NameIn
 
 if TYPE_CHECKING:
     from tasks.bakeoff.source_model import QuantizedModel, SourceModel
@@ -74,18 +73,5 @@ def _installed(library: str) -> bool:
         return False
 
 
-def _registered(name: str) -> str:
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}, only {', '.join(METHODS)}")
-    return name
-
-
-class _MethodNames:
-    """Adds the registered names to a field's JSON schema, from which forms make a list to choose from."""
-
-    def __get_pydantic_json_schema__(self, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {**handler(core_schema), "enum": list(METHODS)}
-
-
-MethodName = Annotated[str, AfterValidator(_registered), _MethodNames()]
+MethodName = Annotated[str, NameIn(METHODS)]
 """Name of a registered method."""

@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from flows.bakeoff import every_method
+from flows.reference import type_of
 from tasks.bakeoff import METHODS, BakeoffConfig
 from tasks.bakeoff.prediction import predict
 from tasks.bakeoff.registry import Method, method
@@ -92,9 +93,10 @@ def int8_everything(monkeypatch: pytest.MonkeyPatch) -> Method:
 def test_decorated_function_is_a_method(int8_everything: Method, dataset: Path, tmp_path: Path) -> None:
     """One object adds it to the config, the form's choices, the flow's list, the prediction and the skipped rows."""
     assert BakeoffConfig(method="dummy").method == "dummy"
-    with pytest.raises(ValidationError, match="no method 'dumy', only none, bnb-int8, .*, dummy"):
+    with pytest.raises(ValidationError, match="there is no 'dumy', only none, bnb-int8, .*, dummy"):
         BakeoffConfig(method="dumy")
     assert BakeoffConfig.model_json_schema()["properties"]["method"]["enum"] == list(METHODS)
+    assert "`awq`, `dummy`" in type_of(BakeoffConfig.model_fields["method"])
     assert [config.method for config in every_method()].count("dummy") == 2
     verdict = {"models": {"it": {"targets": {name: UNSAFE for name in ("int8_activations",)}}}, "focus": "it"}
     verdict["models"]["it"]["targets"]["bf16"] = UNSAFE | {"verdict": "safe"}  # type: ignore[index]
