@@ -9,10 +9,8 @@ from prefect.settings import get_current_settings
 from rich.console import Console
 from rich.table import Table
 
-from flows.report.page import TITLES
-
-RATES = ["json_valid", "intent_accuracy", "exact_match", "out_of_scope_recall"]
-SHOWN = [*RATES, "token_f1", "rouge_l", "metric"]
+from flows.report.page import gate_word
+from tasks.core.metrics import Visibility, titles
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -25,10 +23,11 @@ def show(summary: dict[str, Any]) -> None:
         table.add_row(*row)
     Console(width=max(Console().width, 110)).print(table)  # into a file or a narrow window it must not be cut
     if summary.get("gate"):
-        print(f"Gate:     {'passed' if summary['gate']['passed'] else 'FAILED'}: {summary['gate']['said']}")
-    made = sum(not stage["cached"] for stage in summary["stages"])
+        word = gate_word(summary["gate"])
+        print(f"Gate:     {word.upper() if word == 'failed' else word}: {summary['gate']['said']}")
+    executed = sum(not stage["cached"] for stage in summary["stages"])
     seconds = sum(stage["seconds"] for stage in summary["stages"])
-    print(f"{made} stages run, {len(summary['stages']) - made} from the cache, {seconds:.0f} s")
+    print(f"{executed} stages run, {len(summary['stages']) - executed} from the cache, {seconds:.0f} s")
     print(f"Report:   {summary['report']}/index.html")
     if names := ", ".join(summary.get("artifacts", {})):
         print(f"Files:    python -m flows.fetch {Path(summary['report']).name} NAME DIR    (NAME: {names})")
@@ -45,12 +44,12 @@ def show(summary: dict[str, Any]) -> None:
 
 def cells(summary: Mapping[str, Any]) -> list[list[str]]:
     """The table of models as text: its head, and a row a model with the scores that any of them has."""
-    known = set().union(*summary["evaluations"].values())
-    scores = {name: TITLES[name] for name in SHOWN if name in known}
+    names = set().union(*summary["evaluations"].values())
+    scores = {name: title for name, title in titles(Visibility.TERMINAL).items() if name in names}
     table = [["model", "format", "MB", *scores.values(), "tokens/s"]]
     for row in summary["models"]:
         facts = summary["evaluations"][row["name"]]
-        shown = [f"{100 * facts[name]:.1f} %" if name in facts else "-" for name in scores]
+        values = [f"{100 * facts[name]:.1f} %" if name in facts else "-" for name in scores]
         size, speed = f"{row['bytes'] / 1e6:.2f}", f"{row['tokens_per_second']:.0f}"
-        table.append([row["name"], row["format"], size, *shown, speed])
+        table.append([row["name"], row["format"], size, *values, speed])
     return table

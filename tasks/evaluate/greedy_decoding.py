@@ -49,17 +49,17 @@ class _Columns(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_sub
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.reset(key_states, value_states)
+            self.store(key_states, value_states)
             return key_states, value_states
         old, new = self.keys.shape[2], key_states.shape[2]
         if old + new > self.buffers[0].shape[2]:
-            self.reset(self.keys, self.values)
+            self.store(self.keys, self.values)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, old : old + new] = states
         self.keys, self.values = (buffer[:, :, : old + new] for buffer in self.buffers)
         return self.keys, self.values
 
-    def reset(self, keys: Tensor, values: Tensor) -> None:
+    def store(self, keys: Tensor, values: Tensor) -> None:
         """Copies these into new buffers with room for CACHE_GROWTH more columns."""
         self.buffers = [torch.nn.functional.pad(states, (0, 0, 0, CACHE_GROWTH)) for states in (keys, values)]
         self.keys, self.values = (buffer[:, :, : keys.shape[2]] for buffer in self.buffers)
@@ -130,7 +130,7 @@ class _Batch:
         first = int(self.mask.argmax(1).min())
         self.mask = self.mask[:, first:]
         for layer in self.layers:
-            layer.reset(layer.keys[index, :, first:], layer.values[index, :, first:])
+            layer.store(layer.keys[index, :, first:], layer.values[index, :, first:])
         return self
 
     def join(self, other: "_Batch") -> "_Batch":
@@ -149,7 +149,7 @@ class _Batch:
         self.mask = stack((self.mask, other.mask), 1)
         self.length, self.next = torch.cat([self.length, other.length]), torch.cat([self.next, other.next])
         for layer, new in zip(self.layers, other.layers, strict=True):
-            layer.reset(stack((layer.keys, new.keys), 2), stack((layer.values, new.values), 2))
+            layer.store(stack((layer.keys, new.keys), 2), stack((layer.values, new.values), 2))
         return self
 
 

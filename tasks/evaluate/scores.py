@@ -17,7 +17,8 @@ def score(rows: Sequence[dict[str, Any]], out_of_scope: str) -> dict[str, Any]:
     """
     if not rows:
         raise ValueError("no rows to score")
-    rates, means = {}, {}
+    rates: dict[str, Any] = {}
+    means: dict[str, Any] = {}
     for metric in METRICS.values():
         observations = [row[metric.field] for row in rows if row.get(metric.field) is not None]
         result = aggregate(metric, observations, out_of_scope)

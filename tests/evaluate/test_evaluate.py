@@ -18,7 +18,7 @@ from tasks.core.command import Report
 from tasks.core.errors import BadData, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import Message, Row, write_rows
+from tasks.core.rows import Message, Row
 from tasks.engine.data.chat_template import prompt_ids, stop_token_ids
 from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.models.model_config import read_config
@@ -28,9 +28,10 @@ from tasks.evaluate.hf_generation import hf_engine
 from tasks.evaluate.inputs import complete_json
 from tasks.evaluate.llama_generation import llama_engine
 from tasks.evaluate.run import evaluate
-from tasks.gguf.convert import converting
-from tasks.gguf.tensor_types import Wanted
+from tasks.gguf.convert import open_conversion
+from tasks.gguf.tensor_types import KindOptions
 from tests.pico import pico_model
+from tests.rows import write_rows
 
 ROWS = 40
 TURN_END = 5
@@ -52,8 +53,8 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     weights["lm_head.weight"][TURN_END] *= 2.2
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     (directory / "gguf").mkdir()
-    with converting(model, "pico", Job(directory / "work")) as conversion:
-        conversion.write(conversion.plan(Wanted("F32", 6, 2)), directory / "gguf/model.gguf")
+    with open_conversion(model, "pico", Job(directory / "work")) as conversion:
+        conversion.write(conversion.plan(KindOptions("F32", 6, 2)), directory / "gguf/model.gguf")
     (directory / "data").mkdir()
     write_rows(directory / "data/test.jsonl", [row(number) for number in range(ROWS)])
     train = ['{"intent": "close_audit", "entities": {}}', '{"intent": "out_of_scope", "entities": {}}']

@@ -10,9 +10,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precisio
 
 from tasks.core.errors import BadConfig
 from tasks.core.metrics import AnsweredRow, observe
-from tasks.core.metrics.entities import entity_pairs
-from tasks.core.metrics.free_text import rouge_l, token_f1
-from tasks.core.metrics.intents import INVALID
+from tasks.core.metrics.definitions.entities import entity_pairs
+from tasks.core.metrics.definitions.free_text import rouge_l, token_f1
+from tasks.core.metrics.definitions.intents import INVALID
 from tasks.core.metrics.json_values import canonical_json, json_object
 from tasks.evaluate.schema import SchemaCheck, infer_schema, schema_validator
 from tasks.evaluate.scores import score

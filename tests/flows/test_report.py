@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 
 from flows.compare import main
-from flows.report.charts import BOTTOM, HEIGHT, TOP, Point, histogram, linear_axis, log_axis, size_against_quality
-from flows.report.gather import Curve, Evaluation, Gathered, Picture, read_curve
-from flows.report.publish import write_report
-from flows.report.terminal import RATES, cells
+from flows.report.charts import Point, histogram, losses, size_against_quality
+from flows.report.inline_svg import BOTTOM, HEIGHT, TOP
+from flows.report.publish import gate_facts, write_report
+from flows.report.report_data import Curve, Evaluation, Picture, ReportData, read_curve
+from flows.report.terminal import cells
 from flows.stages import report_directory
+from tasks.core.errors import StageError
 from tasks.core.job import Job
+from tasks.core.metrics import AnsweredRow, Visibility, observe, titles
 from tasks.core.refs import ModelDir
-from tasks.evaluate.answer_scores import judge
 from tasks.evaluate.scores import score
 from tasks.gate import GateConfig
 from tasks.gate.run import gate
@@ -37,10 +39,10 @@ def evaluation(name: str, wrong: int, text: bool = False) -> Evaluation:
         label = {"intent": "out_of_scope" if row % 3 == 0 else f"intent{row % 3}", "entities": {"n": str(row)}}
         expected = f"Row {row} is in order." if text else json.dumps(label)
         answer = f"{EVIL} {row}" if row < wrong else expected
-        judged.append(judge(expected, answer))
+        judged.append(observe(AnsweredRow("", expected, answer)))
         rows.append({"row": row, "prompt": f"question {row} {EVIL}", "expected": expected, "answer": answer})
     scores = score(judged, "out_of_scope") | {"parameters": {}, "perplexity": {}}
-    predictions = [{**line, **one._asdict()} for line, one in zip(rows, judged, strict=True)]
+    predictions = [{**line, **one} for line, one in zip(rows, judged, strict=True)]
     rates = {name: value["value"] for name, value in {**scores["rates"], **scores["means"]}.items()}
     facts = {**rates, "format": "bfloat16", "bytes": 1_500_000 + len(name), "tokens_per_second": 1000.0 + wrong}
     facts |= {"latency_p50_ms": 12.5, "first_token_ms": 3.5, "held_out_perplexity": 1.01}
@@ -66,7 +68,7 @@ def write(directory: Path, wrong: dict[str, int], text: bool = False) -> Path:
         report = gate(GateConfig(student_points=10), models, out, Job(directory.parent / "work"))
         verdict = json.loads((out / "gate.json").read_text())
     stages = {"teacher-base": "base", "teacher": "teacher", "student": "student"}
-    keys = ["format", "bytes", *RATES, "tokens_per_second"]
+    keys = ["format", "bytes", *titles(Visibility.SUMMARY), "tokens_per_second"]
     models_: list[dict[str, Any]] = [
         {"name": one.name, "stage": stages.get(one.name, "gguf"), **{key: one.report["facts"].get(key) for key in keys}}
         for one in evaluations
@@ -82,7 +84,7 @@ def write(directory: Path, wrong: dict[str, int], text: bool = False) -> Path:
     )
     picture = Picture("outliers: norms", "data:image/png;base64,AAAA")
     provenance = {"commit": "abc", "libraries": {"torch": "2"}}
-    return write_report(directory, summary, Gathered(evaluations, [curve], [picture], verdict, provenance))
+    return write_report(directory, summary, ReportData(evaluations, [curve], [picture], verdict, provenance))
 
 
 class Page(HTMLParser):
@@ -138,6 +140,31 @@ def test_free_text_and_few_models_make_a_shorter_page(tmp_path: Path) -> None:
         assert heading not in page.text, heading
 
 
+@pytest.mark.parametrize(
+    ("gate", "word", "said"),
+    [
+        (StageError("student/scores.json is not there"), "gate failed", "could not be judged: student/scores.json"),
+        (
+            {"passed": True, "rules": 0, "broken": 0, "said": "nothing was checked: x"},
+            "gate checked nothing",
+            "checked: x",
+        ),
+    ],
+)
+def test_the_page_of_a_gate_that_judged_nothing(gate: Any, word: str, said: str, tmp_path: Path) -> None:
+    one = evaluation("student", 3)
+    facts = gate_facts(gate) if isinstance(gate, StageError) else gate
+    summary = {
+        "models": [{"name": "student", "stage": "student", "format": "bfloat16", "bytes": 1, "tokens_per_second": 1}],
+        "evaluations": {"student": {"digest": "0" * 64, **one.report["facts"]}}, "gate": facts,
+        "dataset": {"digest": "1" * 64}, "stages": [], "flow_run_id": "f", "mlflow_run_id": None,
+    }  # fmt: skip
+    directory = write_report(tmp_path / "run", summary, ReportData([one], [], [], None, None))
+    page = Page((directory / "index.html").read_text())
+    assert word in page.text and said in page.text and "Size against quality" in page.text
+    assert (directory / "predictions/student.jsonl").is_file()
+
+
 def test_curves_are_the_losses_among_the_events(tmp_path: Path) -> None:
     events = [
         {"event": "log", "message": "x"},
@@ -153,16 +180,22 @@ def test_curves_are_the_losses_among_the_events(tmp_path: Path) -> None:
     assert read_curve("t", tmp_path / "none").losses == {}
 
 
-def test_axes_have_round_ticks_that_span_the_values() -> None:
-    axis = linear_axis([86.3, 94.4], 0, 100)
-    assert axis.ticks == [86, 88, 90, 92, 94, 96] and (axis(86), axis(96)) == (0, 100)
-    assert linear_axis([3, 3], 0, 1).ticks[0] <= 3 <= linear_axis([3, 3], 0, 1).ticks[-1]
-    assert linear_axis([0, 0], 0, 1).last > 0
-    log = log_axis([0.99, 11.3], 0, 100)
-    assert log.ticks == [1, 2, 5, 10] and log(0.9) == pytest.approx(0) and log(12.43) == pytest.approx(100)
-    assert log_axis([1e-4, 10], 0, 1).ticks == [1e-4, 1e-3, 1e-2, 0.1, 1, 10]
-    near = log_axis([2.3, 2.9], 0, 1)  # nothing round between them: there are ticks all the same
-    assert len(near.ticks) >= 3 and all(near.first <= tick <= near.last for tick in near.ticks)
+def ticks(svg: str, anchor: str) -> list[str]:
+    """Labels of an axis: those of x are centred, those of y end at it."""
+    labels = re.findall(rf"text-anchor: {anchor};[^>]*>([^<]+)<", svg)
+    return [label for label in labels if re.fullmatch(r"[\d.e-]+", label)]
+
+
+def test_axes_have_round_ticks() -> None:
+    def x_ticks(*sizes: float) -> list[str]:
+        return ticks(size_against_quality([Point("", size, 0.9, 0.8, 0.95, 0) for size in sizes], "q"), "middle")
+
+    assert x_ticks(0.99, 11.3) == ["1", "2", "5", "10", "20"]
+    assert x_ticks(1e-4, 10) == ["0.0001", "0.001", "0.01", "0.1", "1", "10", "100"]
+    assert len(x_ticks(2.3, 2.9)) >= 3  # nothing round between them: there are ticks all the same
+    curve = losses("s", {"loss": [(1, 9.0), (2, 2.0), (3, 0.3)]})
+    assert ticks(curve, "middle") == ["0", "1", "2", "3"] and ticks(curve, "end") == ["0.5", "1", "2", "5"]
+    assert losses("s", {"loss": [(1, 0.0), (2, 0.0)]}) == ""  # nothing that a logarithmic axis could show
 
 
 def test_the_tables_have_the_scores_that_there_are(run_a: Path, tmp_path: Path) -> None:
@@ -178,10 +211,17 @@ def test_the_tables_have_the_scores_that_there_are(run_a: Path, tmp_path: Path) 
 def test_labels_stay_inside_and_apart_and_counts_are_whole() -> None:
     points = [Point(f"model {i}", 2 + i / 100, 0.0, 0.0, 0.1, i) for i in range(6)]
     svg = size_against_quality(points, "exact match")
-    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)">model', svg))
-    assert len(heights) == 6 and min(b - a for a, b in pairwise(heights)) >= 13
-    assert heights[0] > TOP and heights[-1] < HEIGHT - BOTTOM
-    assert not re.search(r">\d*\.\d+<", histogram([1.0, 1.0, 5.0], 10, "ms", "t"))
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>model', svg))
+    assert len(heights) == 6 and min(b - a for a, b in pairwise(heights)) >= 12.9
+    assert heights[0] > HEIGHT - TOP and heights[-1] < HEIGHT - BOTTOM
+    assert ticks(histogram([1.0, 1.0, 5.0], 10, "ms", "t"), "end") == ["0", "1", "2"]
+
+
+def test_charts_have_the_pages_colours_and_run_nothing() -> None:
+    svg = size_against_quality([Point(f"{EVIL} $x$", 2, 0.5, 0.4, 0.6, 1)], f"{EVIL} $y$")
+    assert "<script" not in svg and "$x$" in svg and "$y$" in svg  # nor is a name read as mathematics
+    assert not re.search(r"#[0-9a-f]{6}|font-family|<style", svg)  # light and dark are the page's
+    assert {"var(--c1)", "var(--muted)", "var(--line)", "var(--ink)"} <= set(re.findall(r"var\(--\w+\)", svg))
 
 
 def compare(home: Path, *runs: str) -> "subprocess.CompletedProcess[str]":

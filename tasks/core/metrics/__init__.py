@@ -1,20 +1,27 @@
 """The evaluation metrics: one table, from which scores, gate, comparison, page, MLflow and documentation derive.
 
-To add a metric, add one `Metric` to the file of its kind (or a new file here, with one import). Nothing else lists
-metrics: `gate.check`, `gate.floors`, scores.json, predictions.jsonl, the report's columns and `flows.compare` follow.
-No numpy and no torch at import: flows and configs read this table.
+To add a metric, add a `Metric` to the list `METRICS` of a module of `definitions`, or add a module there: modules are
+discovered. Nothing else lists metrics: `gate.check`, `gate.floors`, scores.json, predictions.jsonl, the report's
+columns and `flows.compare` follow. No numpy and no torch at import: flows and configs read this table.
 """
 
-from collections.abc import Container
+import pkgutil
+from collections.abc import Container, Iterator
+from importlib import import_module
 from typing import Any
 
-from tasks.core.metrics import entities, exact_match, free_text, intents, json_answers, out_of_scope, user_metric
+from tasks.core.metrics import definitions
 from tasks.core.metrics.metric import AnsweredRow, Metric, Visibility
 
 __all__ = ["METRICS", "AnsweredRow", "Metric", "Visibility", "observe", "paired_metrics", "primary_metric", "titles"]
 
-_KINDS = (json_answers, intents, entities, exact_match, out_of_scope, free_text, user_metric)
-METRICS: dict[str, Metric] = {metric.name: metric for kind in _KINDS for metric in kind.METRICS}
+
+def _defined() -> Iterator[Metric]:
+    for module in pkgutil.iter_modules(definitions.__path__):
+        yield from import_module(f"{definitions.__name__}.{module.name}").METRICS
+
+
+METRICS = {metric.name: metric for metric in sorted(_defined(), key=lambda metric: (metric.column, metric.name))}
 """Every metric by name, in the order of the tables' columns."""
 
 

@@ -82,6 +82,8 @@ class Metric:
     paired: bool = False
     """Whether the gate and `flows.compare` compare models by it row by row."""
     visibility: Visibility = Visibility.PAGE
+    column: int = 100
+    """Order of the tables' columns, from left to right; equal ones by name."""
 
     def __post_init__(self) -> None:
         if not self.field:

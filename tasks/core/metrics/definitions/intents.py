@@ -19,6 +19,7 @@ METRICS = [
     Metric(
         name="intent_accuracy",
         title="intent",
+        column=20,
         description="rows whose intent is the expected one",
         observe=intent_pair,
         field="intent",
@@ -30,6 +31,7 @@ METRICS = [
     Metric(
         name="intent_macro_f1",
         title="intent macro-F1",
+        column=21,
         description="mean F1 of the intents that are expected in any row",
         observe=intent_pair,
         field="intent",

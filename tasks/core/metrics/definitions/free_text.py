@@ -42,6 +42,7 @@ METRICS = [
     Metric(
         name="token_f1",
         title="token F1",
+        column=60,
         description="F1 over words of free text (SQuAD's)",
         observe=_token_f1,
         field="f1",
@@ -52,6 +53,7 @@ METRICS = [
     Metric(
         name="rouge_l",
         title="ROUGE-L",
+        column=61,
         description="F1 of the longest common subsequence of words of free text",
         observe=_rouge_l,
         aggregate="mean",

@@ -33,6 +33,7 @@ METRICS = [
     Metric(
         name="json_valid",
         title="JSON valid",
+        column=10,
         description="answers that are a JSON object as they stand",
         observe=json_valid,
         aggregate="rate",
@@ -42,6 +43,7 @@ METRICS = [
     Metric(
         name="json_valid_after_repair",
         title="JSON valid after repair",
+        column=11,
         description="answers that are a JSON object once `json_repair` has mended them",
         observe=json_valid_after_repair,
         aggregate="rate",
@@ -50,6 +52,7 @@ METRICS = [
     Metric(
         name="schema_valid",
         title="schema valid",
+        column=12,
         description="answers that keep to the JSON schema of the training answers",
         observe=schema_valid,
         aggregate="rate",

@@ -28,6 +28,7 @@ METRICS = [
     Metric(
         name="entity_f1",
         title="entity F1",
+        column=30,
         description="F1 over the entities of all rows",
         observe=entity_counts,
         field="entities",
@@ -36,6 +37,7 @@ METRICS = [
     Metric(
         name="entity_precision",
         title="entity precision",
+        column=31,
         description="entities in answers that are expected",
         observe=entity_counts,
         field="entities",
@@ -46,6 +48,7 @@ METRICS = [
     Metric(
         name="entity_recall",
         title="entity recall",
+        column=32,
         description="expected entities that are in the answers",
         observe=entity_counts,
         field="entities",

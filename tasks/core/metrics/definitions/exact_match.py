@@ -15,6 +15,7 @@ METRICS = [
     Metric(
         name="exact_match",
         title="exact match",
+        column=40,
         description="answers equal to the expected one: as JSON, or as text without outer white space",
         observe=exact_match,
         aggregate="rate",

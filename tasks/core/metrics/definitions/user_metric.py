@@ -12,6 +12,7 @@ METRICS = [
     Metric(
         name="metric",
         title="own metric",
+        column=90,
         description="your own function, named by `evaluate.metric`",
         observe=user_metric,
         aggregate="mean",

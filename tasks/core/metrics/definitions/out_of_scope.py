@@ -1,6 +1,6 @@
 """Metrics of declining: questions out of scope, by the intent that `out_of_scope_intent` names."""
 
-from tasks.core.metrics.intents import intent_pair
+from tasks.core.metrics.definitions.intents import intent_pair
 from tasks.core.metrics.metric import Metric, Visibility
 
 
@@ -18,6 +18,7 @@ METRICS = [
     Metric(
         name="out_of_scope_recall",
         title="out-of-scope recall",
+        column=50,
         description="questions out of scope that are declined",
         observe=intent_pair,
         field="intent",
@@ -28,6 +29,7 @@ METRICS = [
     Metric(
         name="out_of_scope_precision",
         title="out-of-scope precision",
+        column=51,
         description="declined questions that are out of scope",
         observe=intent_pair,
         field="intent",
