@@ -115,7 +115,7 @@ def test_weight_scales_the_adapter_s_change(model: ModelDir, dataset: Path, tmp_
         expected = original + 0.5 * (exact[name] - original)
         torch.testing.assert_close(written[name].float(), expected, rtol=2**-7, atol=1e-6)
     dora = ModelDir(model.base, adapter_of(model.base, tmp_path / "dora", use_dora=True, target_modules=["q_proj"]))
-    with pytest.raises(BadConfig, match="DoRA adapter"):
+    with pytest.raises(BadConfig, match="DoRA adapter: .* cannot be scaled"):
         merge(MergeConfig(weight=0.5), dora, dataset, out, Job(tmp_path / "work"))
 
 
@@ -148,7 +148,7 @@ def test_a_base_in_four_bits_becomes_a_16_bit_model(model: ModelDir, dataset: Pa
     assert (written["model.layers.1.mlp.down_proj.weight"] != expected).float().mean() < 1e-2  # an ulp at a tie
 
 
-def test_gemma_3n_keeps_its_class_passes_the_gate_and_becomes_a_proven_gguf(dataset: Path, tmp_path: Path) -> None:
+def test_gemma_3n_is_merged_in_full_and_converts_to_gguf(dataset: Path, tmp_path: Path) -> None:
     """The whole checkpoint is merged, towers and per-layer embeddings too; what text makes of it is compared, in the
     gate and in llama.cpp, by the text half alone: the tower's class needs timm and torchvision."""
     base = gemma3n(tmp_path / "base", without=0, ffn=2048)
@@ -158,19 +158,21 @@ def test_gemma_3n_keeps_its_class_passes_the_gate_and_becomes_a_proven_gguf(data
     tensors = load_file(adapter / "adapter_model.safetensors")
     from safetensors.torch import save_file
 
-    renamed = {name.replace(".model.model.", ".model.model.language_model."): one for name, one in tensors.items()}
+    renamed = {
+        name.replace(".model.model.", ".model.model.language_model."): tensor for name, tensor in tensors.items()
+    }
     save_file(renamed, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     out, job = tmp_path / "out", Job(tmp_path / "work")
     out.mkdir()
     report = merge(MergeConfig(**LOOSE | {"min_top1": 0.3}), ModelDir(base, adapter), dataset, out, job)
     assert report.facts["changed_tensors"] == 6 * 7 and 0 < report.facts["mean_kl"] < 0.01
-    found, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    written, original = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
     for name in ("model.language_model.embed_tokens_per_layer.weight", "model.vision_tower.stem.weight"):
-        assert torch.equal(found[name], before[name])
+        assert torch.equal(written[name], original[name])
     assert json.loads((out / "config.json").read_text())["architectures"] == ["Gemma3nForConditionalGeneration"]
     for name in ("layers.3.self_attn.q_proj", "layers.5.mlp.down_proj"):
-        one = found[f"model.language_model.{name}.weight"]
-        torch.testing.assert_close(one.float(), exact[f"model.{name}.weight"], rtol=2**-7, atol=1e-6)
+        tensor = written[f"model.language_model.{name}.weight"]
+        torch.testing.assert_close(tensor.float(), exact[f"model.{name}.weight"], rtol=2**-7, atol=1e-6)
     unmerged = load_text_model(ModelDir(base, adapter), "float32")  # the gate saw the adapter, not only the base
     ids = torch.tensor([[2, *range(5, 40)]])
     with torch.inference_mode():
@@ -178,9 +180,9 @@ def test_gemma_3n_keeps_its_class_passes_the_gate_and_becomes_a_proven_gguf(data
     assert changed > 0.1
     (tmp_path / "gguf").mkdir()
     config = GgufConfig(kind="F32", proof_rows=4, min_top1=0.9)
-    made = convert(config, ModelDir(out), tmp_path / "gguf", job, dataset)
-    assert made.metrics["mean_kl"] < 1e-4 and made.metrics["not_finite"] == 0
-    assert "per_layer_token_embd.weight" in {row["name"] for row in made.details["tensors"]}
+    report = convert(config, ModelDir(out), tmp_path / "gguf", job, dataset)
+    assert report.metrics["mean_kl"] < 1e-4 and report.metrics["not_finite"] == 0
+    assert "per_layer_token_embd.weight" in {row["name"] for row in report.details["tensors"]}
     save_file(renamed | {"base_model.model.model.vision_tower.x.lora_A.weight": torch.ones(1, 1)},
               adapter / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
     with pytest.raises(BadConfig, match="85 tensors, of which 84 belong to the text model"):
@@ -211,7 +213,7 @@ def test_a_remedy_is_applied_and_its_cost_measured(remedy: str, model: ModelDir,
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], plain / 32)
 
 
-def test_a_missing_or_recast_tensor_is_found(model: ModelDir, dataset: Path, tmp_path: Path) -> None:
+def test_inventory_names_a_missing_or_recast_tensor(model: ModelDir, dataset: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = load_file(model.base / "model.safetensors")

@@ -48,13 +48,6 @@ def load_text_model(model: ModelDir, precision: str = "auto", device: str | None
     return cast(PreTrainedModel, loaded.eval())
 
 
-def adapter_key_mapping(model: ModelDir) -> dict[str, str] | None:
-    """peft's `key_mapping` for another adapter of a model that `load_text_model` loaded; None where names agree."""
-    config = read_config(model.base)
-    text = family_of(config.model_type).text_model
-    return dict(text.key_mapping) if text and _text_class(config) else None
-
-
 def _text_class(config: PretrainedConfig) -> str | None:
     """transformers' class of the text half, where the checkpoint has towers that it leaves out."""
     text = family_of(config.model_type).text_model

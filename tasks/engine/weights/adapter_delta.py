@@ -69,17 +69,17 @@ class Adapter(NamedTuple):
         """The tensor that replaces the base's, from `modules_to_save`."""
         return self.replacements.get(name)
 
-    def check_summable(self) -> None:
-        """Raises BadConfig for an adapter that can neither be added to others nor be scaled."""
+    def check_scalable(self) -> None:
+        """Raises BadConfig for an adapter whose change of the base cannot be scaled."""
         if self.replacements:
             raise BadConfig(
-                f"{self.directory} replaces {min(self.replacements)} (modules_to_save), which cannot be added to "
-                "other adapters' changes, nor scaled: merge it alone with weight 1"
+                f"{self.directory} replaces {min(self.replacements)} (modules_to_save), which cannot be "
+                "scaled: merge it with weight 1"
             )
         if self.config.get("use_dora"):
             raise BadConfig(
-                f"{self.directory} is a DoRA adapter: it rescales whole rows, so it has no weighted sum with others. "
-                "Merge it alone with weight 1"
+                f"{self.directory} is a DoRA adapter: it rescales whole rows, so its change cannot be scaled. "
+                "Merge it with weight 1"
             )
 
     def transform(self, name: str) -> RowTransform | None:

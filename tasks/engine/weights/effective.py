@@ -8,8 +8,7 @@ A base in bitsandbytes' 4 bits is dequantized while it is read: its tensors are 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -62,37 +61,27 @@ class Weight(NamedTuple):
             yield self.rows(start, start + step)
 
 
-def effective_weights(
-    model: ModelDir, further: Sequence[tuple[Path, float]] = (), weight: float = 1.0
-) -> Iterator[Weight]:
-    """The model's tensors in name order, its adapter merged times `weight`, and `further` adapters times theirs.
+def effective_weights(model: ModelDir, weight: float = 1.0) -> Iterator[Weight]:
+    """The model's tensors in name order, the adapter's change times `weight`: W + weight (W_adapter - W).
 
-    Each of several adapters changes the base by its own difference times its weight: W + sum of w_i (W_i - W).
-    Raises BadConfig for an adapter that cannot be merged, or one of whose tensors matches no tensor of the base.
+    Raises BadConfig for an adapter that cannot be merged or scaled, or one of whose tensors matches none of the base.
     """
     base = combine_four_bit(stored_tensors(model.base))
-    directories = ([(model.adapter, weight)] if model.adapter else []) + list(further)
-    adapters = [(Adapter.read(directory, base), factor) for directory, factor in directories]
-    single = len(adapters) == 1 and adapters[0][1] == 1
-    if not single:
-        for adapter, _ in adapters:
-            adapter.check_summable()
+    adapter = Adapter.read(model.adapter, base) if model.adapter else None
+    if adapter and weight != 1:
+        adapter.check_scalable()
     for name, stored in base.items():
-        replacement = adapters[0][0].replacement(name) if single else None
+        replacement = adapter.replacement(name) if adapter else None
         if replacement is not None:
             yield Weight(name, replacement, stored.dtype, replaced=True)
         else:
-            changes = [(change, factor) for adapter, factor in adapters if (change := adapter.transform(name))]
-            yield Weight(name, stored, stored.dtype, changes[0][0] if single and changes else _weighted_sum(changes))
+            change = adapter.transform(name) if adapter else None
+            yield Weight(name, stored, stored.dtype, _scaled(change, weight) if change and weight != 1 else change)
 
 
-def _weighted_sum(changes: list[tuple[RowTransform, float]]) -> RowTransform | None:
-    """W + sum of w_i (W_i - W), where the i-th transform makes W_i of W."""
-    if not changes:
-        return None
-
+def _scaled(transform: RowTransform, weight: float) -> RowTransform:
     def change(rows: Tensor, start: int, stop: int) -> Tensor:
-        return rows + sum(factor * (transform(rows, start, stop) - rows) for transform, factor in changes)
+        return rows + weight * (transform(rows, start, stop) - rows)
 
     return change
 
