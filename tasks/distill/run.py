@@ -93,6 +93,7 @@ def distil(
     mix = LossMix(
         config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.divergence_parameters
     )
+    report.facts["divergence"], report.details["divergence"] = mix.divergence, mix.describe()
     balance = GradientBalance(mix, torch.device(pick_device())) if config.balance else None
     spec = TrainingSpec(
         build=lambda: trainable_model(config, config.method, student, pick_device()),

@@ -35,3 +35,9 @@ def student(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory, teacher, dataset):
     return cached(tmp_path_factory.mktemp("cache"), teacher, dataset)
+
+
+@pytest.fixture(scope="session")
+def cached_base(tmp_path_factory, teacher, dataset):
+    """The cache of the teacher's base, without its adapter."""
+    return cached(tmp_path_factory.mktemp("cached_base"), ModelDir(teacher.base), dataset)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,12 @@ class LossMix:
             name: parameter.check(self.parameters.get(parameter.setting, parameter.default))
             for name, parameter in DIVERGENCES[self.divergence].parameters.items()
         }
+
+    def describe(self) -> dict[str, Any]:
+        """The divergence as a report names it: name, title, formula, source, temperature and parameters."""
+        divergence = DIVERGENCES[self.divergence]
+        about = {name: getattr(divergence, name) for name in ("name", "title", "formula", "source")}
+        return about | {"temperature": self.temperature, "parameters": self.arguments()}
 
     @property
     def kernel(self) -> int | None:
