@@ -6,6 +6,7 @@ format: Annotated[str, NameIn(SHAPES, "auto")] = "auto"      # a name beside tho
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -29,9 +30,11 @@ class NameIn:
         return [*self._extra_names, *self.registry]
 
     def check(self, name: str) -> str:
-        """The name itself. Raises ValueError for an unknown one."""
+        """The name itself. Raises ValueError for an unknown one, with the nearest known name."""
         if name not in self.names:
-            raise ValueError(f"there is no {name!r}, only {', '.join(self.names)}")
+            nearest = get_close_matches(name, self.names, 1)
+            suggestion = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"there is no {name!r}, only {', '.join(self.names)}{suggestion}")
         return name
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

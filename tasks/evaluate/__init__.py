@@ -8,7 +8,7 @@ from tasks.core.config import RUN_WIDE, StageConfig
 
 
 class EvaluateConfig(StageConfig):
-    """How a model, or its GGUF file in llama.cpp, is asked and scored. Answers are greedy."""
+    """How a model, or its GGUF file in llama.cpp, answers the held-out rows and is scored. Decoding is greedy."""
 
     max_new_tokens: int = Field(default=160, ge=1)
     """An answer that has not ended after so many tokens is cut there, and scored as it is."""
@@ -17,7 +17,7 @@ class EvaluateConfig(StageConfig):
     """Rows that are answered at the same time (in llama.cpp: parallel slots)."""
 
     limit_rows: int | None = Field(default=None, ge=1)
-    """Ask only so many of the held-out rows, spread evenly over the file."""
+    """Evaluate on only so many of the held-out rows, spread evenly over the file."""
 
     out_of_scope_intent: Annotated[str, RUN_WIDE] = "out_of_scope"
     """The intent of questions that the model should decline."""
@@ -33,13 +33,13 @@ class EvaluateConfig(StageConfig):
     it); a GGUF file is as it is."""
 
     stop_at_json: bool = False
-    """End an answer where it is a whole JSON object, as a client that parses would; else only the model ends it."""
+    """End an answer where it is a complete JSON object, as a client that parses would; else only the model ends it."""
 
     constrained_rows: int = Field(default=0, ge=0)
-    """So many rows are asked a second time, held to the JSON schema of the training answers: what does it buy?"""
+    """Rows that are answered a second time with decoding constrained to the JSON schema of the training answers."""
 
     latency_rows: int = Field(default=16, ge=0)
-    """So many rows are asked one at a time, for the time to the first token and to the whole answer."""
+    """Rows that are answered one at a time, for the time to the first token and to the whole answer."""
 
     perplexity_rows: int = Field(default=128, ge=0)
     """Held-out rows whose expected answers' perplexity is measured; 0 measures none."""

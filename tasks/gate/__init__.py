@@ -1,22 +1,20 @@
 """Gate: whether the student may go out. Budgets against the teacher and the student, on the same held-out rows."""
 
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from tasks.core.config import RUN_WIDE, StageConfig
 from tasks.core.metrics import METRICS, paired_metrics
+from tasks.core.named_choice import NameIn
 
-if TYPE_CHECKING:
-    Check = str
-else:
-    Check = Literal[("auto", *paired_metrics())]
+SCORES = NameIn(METRICS)
+CHECKS = NameIn({name: METRICS[name] for name in paired_metrics()}, "auto")
 
 
-def _known_scores(schema: dict[str, Any]) -> None:
-    """The names that `floors` takes, for the JSON schema."""
-    schema["propertyNames"] = {"enum": list(METRICS)}
+def _score_names(schema: dict[str, Any]) -> None:
+    """Adds the names that `floors` takes to its JSON schema."""
+    schema["propertyNames"] = {"enum": SCORES.names}
 
 
 class GateConfig(StageConfig):
@@ -25,7 +23,7 @@ class GateConfig(StageConfig):
     A budget is kept only when the rows show it: the paired difference's one-sided lower limit has to lie within it.
     """
 
-    check: Check = "auto"
+    check: Annotated[str, CHECKS] = "auto"
     """What rows are compared by; `auto`: exact match where answers are JSON, token F1 where they are text."""
 
     student_points: float | None = Field(default=5, ge=0, le=100)
@@ -37,7 +35,7 @@ class GateConfig(StageConfig):
     gain_points: float | None = Field(default=0, ge=0, le=100)
     """The student has to be better than its own base by more than so many points; null sets no rule."""
 
-    floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={}, json_schema_extra=_known_scores)
+    floors: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default={}, json_schema_extra=_score_names)
     """Scores that the student and every GGUF file must reach: `{"json_valid": 0.98, "out_of_scope_recall": 0.9}`."""
 
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
@@ -49,8 +47,6 @@ class GateConfig(StageConfig):
     @field_validator("floors")
     @classmethod
     def _scores_exist(cls, floors: dict[str, float]) -> dict[str, float]:
-        for name in floors.keys() - METRICS.keys():
-            nearest = get_close_matches(name, METRICS, 1, 0.5)
-            suggestion = f"; did you mean {nearest[0]!r}" if nearest else ""
-            raise ValueError(f"no score is called {name!r}{suggestion}. Scores are {', '.join(METRICS)}")
+        for name in floors:
+            SCORES.check(name)
         return floors

@@ -18,7 +18,7 @@ from flows.report.inline_svg import BOTTOM, HEIGHT, TOP
 from flows.report.publish import gate_facts, write_report
 from flows.report.report_data import Curve, Evaluation, Picture, ReportData, read_curve
 from flows.report.terminal import cells
-from flows.stages import report_directory
+from flows.stages import Stages, report_directory
 from tasks.core.errors import StageError
 from tasks.core.job import Job
 from tasks.core.metrics import AnsweredRow, Visibility, observe, titles
@@ -26,6 +26,7 @@ from tasks.core.refs import ModelDir
 from tasks.evaluate.scores import score
 from tasks.gate import GateConfig
 from tasks.gate.run import gate
+from tasks.gate.task import require_passed
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60
@@ -163,6 +164,21 @@ def test_the_page_of_a_gate_that_judged_nothing(gate: Any, word: str, said: str,
     page = Page((directory / "index.html").read_text())
     assert word in page.text and said in page.text and "Size against quality" in page.text
     assert (directory / "predictions/student.jsonl").is_file()
+
+
+def test_a_failed_stage_can_be_kept_until_the_report_is_written() -> None:
+    class Failed:
+        name = "Failed"
+
+        def result(self) -> None:
+            raise StageError("scores.json is not there")
+
+    run = Stages.__new__(Stages)
+    run.records = []
+    error = run.attempt("gate", lambda config, return_state: Failed(), "config")  # type: ignore[arg-type]
+    assert isinstance(error, StageError) and run.records[0]["name"] == "gate"
+    with pytest.raises(StageError, match="scores.json is not there"):
+        require_passed(error)
 
 
 def test_curves_are_the_losses_among_the_events(tmp_path: Path) -> None:

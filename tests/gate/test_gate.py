@@ -129,8 +129,8 @@ def test_what_cannot_be_judged_fails_with_the_reason_and_the_others_are_judged(t
 @pytest.mark.parametrize(
     ("floors", "message"),
     [
-        ({"jsonvalid": 0.9}, "no score is called 'jsonvalid'; did you mean 'json_valid'. Scores are json_valid, "),
-        ({"bleu!": 0.9}, "no score is called 'bleu!'. Scores are"),
+        ({"jsonvalid": 0.9}, "token_f1, rouge_l, metric; did you mean json_valid?"),
+        ({"bleu!": 0.9}, "there is no 'bleu!', only json_valid, "),
         ({"json_valid": 98}, "less than or equal to 1"),
     ],
 )
