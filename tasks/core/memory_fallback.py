@@ -1,10 +1,10 @@
-"""What training gives up, rung by rung, when the device's memory ran out.
+"""Memory fallback: the settings that training gives up, level by level, after out-of-memory errors.
 
-    settings_at(config, rung)     # the settings after `rung` out-of-memory errors
-    rungs(config)                 # all of them, in order, with what each changes
+    config_at_level(config, level)     # the settings after `level` out-of-memory errors
+    fallback_levels(config)            # all of them, in order, with what each changes
 
 Micro-batch, recompute and a paged 8-bit optimizer leave the effective batch and the model as they were, so training
-goes on from its last checkpoint. Shorter rows, a smaller rank, LoRA instead of DoRA and fewer adapted modules make
+resumes from its last checkpoint. Shorter rows, a smaller rank, LoRA instead of DoRA and fewer adapted modules make
 another model: they come last, only with `allow_quality_loss`, and training begins anew.
 """
 
@@ -15,43 +15,43 @@ from tasks.core.errors import BadConfig
 from tasks.core.training_config import TrainingConfig
 
 C = TypeVar("C", bound=TrainingConfig)
-FEWEST_MODULES = ["q_proj", "v_proj"]
+MINIMAL_MODULES = ["q_proj", "v_proj"]
 
 
-def settings_at(config: C, rung: int) -> C:
-    """`config` as it is `rung` rungs down; BadConfig, with all that was tried, below the last one."""
-    if rung == 0:
+def config_at_level(config: C, level: int) -> C:
+    """The settings at a memory fallback level, 0 as configured. BadConfig, with all levels, below the last one."""
+    if level == 0:
         return config
-    steps = list(rungs(config))
-    if rung > len(steps):
-        tried = "; ".join(text for text, _ in steps) or "nothing is left to give up"
-        more = "" if config.allow_quality_loss else ", or allow_quality_loss=true to let it shrink rank and context"
+    levels = list(fallback_levels(config))
+    if level > len(levels):
+        changes = "; ".join(text for text, _ in levels) or "nothing is left to give up"
+        lossy = "" if config.allow_quality_loss else ", or allow_quality_loss=true to let it shrink rank and context"
         raise BadConfig(
-            f"out of memory on the last of {len(steps)} rungs ({tried}). Set a smaller max_length (now "
-            f"{config.max_length}), method=qlora or a smaller base{more}"
+            f"out of memory on the last of {len(levels)} memory fallback levels ({changes}). Set a smaller max_length "
+            f"(now {config.max_length}), method=qlora or a smaller base{lossy}"
         )
-    return steps[rung - 1][1]
+    return levels[level - 1][1]
 
 
-def rungs(config: C) -> Iterator[tuple[str, C]]:
-    """What each rung changes, in words, and the settings with this and all changes before it."""
-    yield from _lossless(config)
+def fallback_levels(config: C) -> Iterator[tuple[str, C]]:
+    """What each level changes, in words, and the settings with its change and all before it."""
+    yield from _lossless_levels(config)
     if config.allow_quality_loss:
-        lossless = [settings for _, settings in _lossless(config)]
-        yield from _lossy(lossless[-1] if lossless else config)
+        lossless = [settings for _, settings in _lossless_levels(config)]
+        yield from _lossy_levels(lossless[-1] if lossless else config)
 
 
-def is_lossless(config: TrainingConfig, rung: int) -> bool:
-    """Whether a checkpoint of the rungs above can still be continued."""
-    return rung <= len(list(_lossless(config)))
+def is_lossless(config: TrainingConfig, level: int) -> bool:
+    """Whether training can resume from a checkpoint of the levels above."""
+    return level <= len(list(_lossless_levels(config)))
 
 
-def micro_batch(batch_size: int, most: int) -> int:
-    """Rows in memory at once: the largest divisor of `batch_size` that is not above `most`."""
-    return next(size for size in range(max(1, min(most, batch_size)), 0, -1) if batch_size % size == 0)
+def micro_batch(batch_size: int, limit: int) -> int:
+    """Rows in memory at once: the largest divisor of `batch_size` not above `limit`."""
+    return next(size for size in range(max(1, min(limit, batch_size)), 0, -1) if batch_size % size == 0)
 
 
-def _lossless(config: C) -> Iterator[tuple[str, C]]:
+def _lossless_levels(config: C) -> Iterator[tuple[str, C]]:
     size = micro_batch(config.batch_size, config.micro_batch_size)
     while size > 1:
         smaller = micro_batch(config.batch_size, size // 2)
@@ -67,7 +67,7 @@ def _lossless(config: C) -> Iterator[tuple[str, C]]:
         yield text, config
 
 
-def _lossy(config: C) -> Iterator[tuple[str, C]]:
+def _lossy_levels(config: C) -> Iterator[tuple[str, C]]:
     if config.max_length >= 32:
         shorter = config.max_length // 2
         text = f"max_length {config.max_length} -> {shorter}, longer rows left out"
@@ -83,6 +83,6 @@ def _lossy(config: C) -> Iterator[tuple[str, C]]:
     if config.use_dora:
         config = config.model_copy(update={"use_dora": False})
         yield "DoRA off", config
-    if config.target_modules != FEWEST_MODULES:
-        config = config.model_copy(update={"target_modules": FEWEST_MODULES})
-        yield f"adapters on {' and '.join(FEWEST_MODULES)} only", config
+    if config.target_modules != MINIMAL_MODULES:
+        config = config.model_copy(update={"target_modules": MINIMAL_MODULES})
+        yield f"adapters on {' and '.join(MINIMAL_MODULES)} only", config

@@ -3,12 +3,12 @@
 from prefect import task
 
 from tasks.core.refs import AdapterRef, AnyModel, DatasetRef, ModelRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.shell import Input, run_stage
 from tasks.teacher import FineTuneConfig
 
 
-@task(name="fine-tune", task_run_name="fine-tune {label}", **TASK)
+@task(name="fine-tune", task_run_name="fine-tune {label}", **TASK_OPTIONS)
 def fine_tune(config: FineTuneConfig, base: AnyModel, dataset: DatasetRef, label: str = "teacher") -> AnyModel:
     """`base` fine-tuned on the dataset: an adapter, or a whole model with `method: full`.
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.alive memory      # a lid of CAP_MIB on the card, and the rungs down from it
     python -m tests.benchmarks.alive float16     # losses in float32, bfloat16, float16 and plain float16
-    python -m tests.benchmarks.alive trainer     # a step in transformers' Trainer beside the same step in a bare loop
+    python -m tests.benchmarks.alive trainer     # a step of the training loop beside the same step in a bare loop
     python -m tests.benchmarks.alive nan         # a run whose 5th step breaks, again and again
 
 `--pico` shrinks the shapes, to try it on a CPU.
@@ -21,22 +21,27 @@ from typing import Any
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from tasks.core import child
+from tasks.core import child_process
 from tasks.core.errors import BadConfig, Diverged, OutOfMemory
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import Message, Row, write_rows
+from tasks.core.rows import Message, Row
 from tasks.core.training_config import TrainingConfig
 from tasks.engine.data.collator import collate, to_device
-from tasks.engine.models.load import load_model, pick_device
+from tasks.engine.losses.loss_sums import LossSums
+from tasks.engine.models.dtypes import pick_device
+from tasks.engine.models.load import load_model
 from tasks.engine.models.trainable import trainable_model
 from tasks.engine.training.loop import train
-from tasks.engine.training.spec import Plan, loss_sums
+from tasks.engine.training.objective import Objective
+from tasks.engine.training.spec import TrainingSpec
 from tasks.teacher import FineTuneConfig
-from tests.benchmarks.memory import Case, base_of, config_of, trainer_of
-from tests.benchmarks.processes import objective_of, rows_of
+from tasks.teacher.run import objective
+from tests.benchmarks.memory import Case, base_of, config_of, loop_of
+from tests.benchmarks.processes import rows_of
 from tests.pico import pico_tokenizer
 from tests.planted import plant
+from tests.rows import write_rows
 
 
 def memory(directory: Path, pico: bool) -> None:
@@ -68,7 +73,9 @@ def memory(directory: Path, pico: bool) -> None:
         print(f"{cap} MiB:", flush=True)
         for rung in range(8):
             try:
-                child.run_command("tests.engine.capped", [*arguments, "--rung", str(rung)], work, on_event, 300, 300)
+                child_process.run_command(
+                    "tests.engine.capped", [*arguments, "--rung", str(rung)], work, on_event, 300, 300
+                )
                 break
             except OutOfMemory as error:
                 print(f"  {str(error)[:300]}", flush=True)
@@ -118,9 +125,9 @@ def float16(directory: Path, pico: bool) -> None:
                 return trainable_model(settings, method, of, pick_device())
 
             job = Job(directory / f"{precision}-{method}")
-            plan = Plan(build, rows, [], objective_of(settings), settings, job, "b", rung=0)
+            spec = TrainingSpec(build, rows, [], objective(settings.loss_chunk_mib << 20), settings, job, "b")
             try:
-                _, history = train(plan)
+                _, history = train(spec)
                 print(precision, method, [round(loss, 4) for loss in history.steps["loss"]], flush=True)
             except Diverged as error:
                 print(precision, method, str(error)[:200], flush=True)
@@ -131,21 +138,21 @@ def trainer(directory: Path, pico: bool) -> None:
     for size, method, rows, length in (("270M", "lora", 4, 256), ("1B", "lora", 8, 1024)):
         case = Case(size, method, rows, 32 if pico else length, False)
         config, base = config_of(case, max_steps=40), base_of(size, directory, pico)
-        made = trainer_of(case, config, base, directory / "work")
-        made.train()
-        inside = made.reporter.meter.seconds[10:]
-        model, batches = made.model, [made.train_dataset[i] for i in range(len(made.train_dataset))]
+        loop = loop_of(case, config, base, directory / "work")
+        loop.run()
+        inside = loop.reporter.meter.seconds[10:]
+        model, batches = loop.model, [loop.batches[i] for i in range(len(loop.batches))]
         model.train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         seconds = []
         for batch in batches:
             start = time.perf_counter()
             batch = to_device(batch, model.device)
-            if made.graphs:
-                made.graphs.begin()
-                loss = made.graphs.run(batch)["loss"]
+            if loop.graphs:
+                loop.graphs.begin_step()
+                loss = loop.graphs.run(batch).loss
             else:
-                loss = loss_sums(made.plan, model, batch)["loss"] / len(batch["labels"])
+                loss = loop.loss_sums(batch).loss / len(batch["labels"])
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             values = torch.stack([loss.detach(), norm]).tolist()
@@ -154,7 +161,7 @@ def trainer(directory: Path, pico: bool) -> None:
             model.zero_grad()
             seconds.append(time.perf_counter() - start)
         ours, bare = statistics.median(inside), statistics.median(seconds[10:])
-        told = f"{1e3 * ours:.1f} ms a step in Trainer, {1e3 * bare:.1f} ms bare"
+        told = f"{1e3 * ours:.1f} ms a step of the loop, {1e3 * bare:.1f} ms bare"
         print(f"{case}: {told}: {ours / bare - 1:+.1%}", flush=True)
 
 
@@ -162,21 +169,20 @@ def nan(directory: Path, pico: bool) -> None:
     """The log of a run that breaks at its 5th step, whatever the learning rate."""
     base, config = base_of("270M", directory, pico), config_of(Case("270M", "lora", 4, 256, False), max_steps=8)
     config = config.model_copy(update={"save_every_steps": 2, "cuda_graphs": "off"})
-    plain, job = objective_of(config), Job(directory / "work")
+    plain, job = objective(config.loss_chunk_mib << 20), Job(directory / "work")
 
-    def objective(model: Any, batch: Any) -> dict[str, Any]:
-        sums = plain(model, batch)
-        broken = 17 in batch["rows"]
-        return {"loss": sums["loss"] * torch.tensor(float("nan")) if broken else sums["loss"]}
+    def loss_sums(model: Any, batch: Any) -> LossSums:
+        sums = plain.loss_sums(model, batch)
+        return LossSums(sums.loss * torch.tensor(float("nan"))) if 17 in batch["rows"] else sums
 
     rows = rows_of(32, 64 if pico else 256, 512)
 
     def build() -> Any:
         return trainable_model(config, "lora", base, pick_device())
 
-    plan = Plan(build, rows, [], objective, config, job, "b", rung=0)
+    spec = TrainingSpec(build, rows, [], Objective(loss_sums), config, job, "b")
     try:
-        train(plan)
+        train(spec)
     except Diverged as error:
         print(f"Diverged: {error}")
     for line in (directory / "work" / "events.jsonl").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Other architectures than the text-only Gemma 3: random weights of published shapes through the real trainer on a GPU.
+"""Other architectures than the text-only Gemma 3: random weights of published shapes through the training loop on a GPU.
 
     python -m tests.benchmarks.architectures [--only "Gemma 3n"] [--pico]
 
@@ -35,14 +35,14 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.memory.__main__ import shape, table
-from tasks.engine.memory.model_sizes import shapes_of
+from tasks.engine.memory.model_sizes import sizes_of
 from tasks.engine.memory.predict import predict
-from tasks.engine.memory.workload import load_of
-from tasks.engine.models.load import pick_device
+from tasks.engine.memory.workload import workload_of
+from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.trainable import trainable_model
-from tasks.engine.training.spec import Plan
+from tasks.engine.training.spec import TrainingSpec
 from tasks.teacher.run import objective
-from tests.benchmarks.memory import GIB, Case, Unsaved, config_of
+from tests.benchmarks.memory import GIB, Case, UnsavedLoop, config_of
 
 STEPS, ROWS, LENGTH = 10, 4, 1024
 PICO = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 512, "intermediate_size": 128}
@@ -97,22 +97,22 @@ def run(name: str, base: ModelDir, method: Literal["lora", "qlora"], work: Path,
     more = {"target_modules": "all-linear", "max_steps": STEPS, "learning_rate": 1e-3}
     case = Case(name, method, ROWS, length, True)
     config = config_of(case, **more)
-    predicted = predict(shapes_of(base, config, method), load_of(config, method, ROWS * length, ROWS * length // 2))
+    predicted = predict(sizes_of(base, config, method), workload_of(config, method, ROWS * length, ROWS * length // 2))
     ids = torch.randint(10, 500, (ROWS * STEPS, length), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [Example(row, [IGNORE] * (length // 2) + row[length // 2 :]) for row in ids]
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     loss = objective(config.loss_chunk_mib << 20)
-    plan = Plan(
-        lambda: trainable_model(config, method, base, pick_device()), rows, [], loss, config, Job(work), "run", rung=0
+    spec = TrainingSpec(
+        lambda: trainable_model(config, method, base, pick_device()), rows, [], loss, config, Job(work), "run"
     )
-    trainer = Unsaved(plan, 1.0)
-    trainer.train()
-    told, losses = trainer.reporter.finish(), trainer.history.steps["loss"]
+    loop = UnsavedLoop(spec)
+    loop.run()
+    told, losses = loop.reporter.meter.summary(), loop.history.steps["loss"]
     measured = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
-    packed = trainer.model.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
-    del trainer
+    packed = loop.model.config.get_text_config()._attn_implementation  # type: ignore[union-attr, operator]
+    del loop
     gc.collect()
     return {
         "case": f"{name}, {method}",

@@ -35,9 +35,9 @@ def run(directory: Path, name: str, compiled: str, pico: bool) -> None:
     """One case one way; writes its step times."""
     from tasks.core.job import Job
     from tasks.engine.models.trainable import trainable_model
-    from tasks.engine.training.spec import Plan
+    from tasks.engine.training.spec import TrainingSpec
     from tasks.teacher.run import objective
-    from tests.benchmarks.memory import Case, Unsaved, base_of, config_of, pick_device
+    from tests.benchmarks.memory import Case, UnsavedLoop, base_of, config_of, pick_device
     from tests.benchmarks.processes import rows_of
 
     case, me = Case(*CASES[name]), f"{name}, {compiled}"
@@ -49,13 +49,13 @@ def run(directory: Path, name: str, compiled: str, pico: bool) -> None:
             wait_for_turn(directory, me)
 
     with tempfile.TemporaryDirectory() as work:
-        plan = Plan(
+        spec = TrainingSpec(
             lambda: trainable_model(config, case.method, base, pick_device()), rows, [],
-            objective(config.loss_chunk_mib << 20), config, Job(Path(work)), "benchmark", rung=0, before_step=wait,
+            objective(config.loss_chunk_mib << 20), config, Job(Path(work)), "benchmark", before_step=wait,
         )  # fmt: skip
-        trainer = Unsaved(plan, 1.0)
-        trainer.train()
-    seconds = trainer.reporter.meter.seconds
+        loop = UnsavedLoop(spec)
+        loop.run()
+    seconds = loop.reporter.meter.seconds
     told = {"first": sum(seconds[:WARM_UP]), "step": statistics.median(seconds[WARM_UP + 3 :])}
     (directory / f"{me}.json").write_text(json.dumps(told))
     end_turn(directory, me)

@@ -1,4 +1,4 @@
-"""The memory plan against a GPU: random weights of real shapes through the real trainer, a few steps each.
+"""The memory plan against a GPU: random weights of real shapes through the training loop, a few steps each.
 
     python -m tests.benchmarks.memory [--only 1B] [--held-out] [--kept] [--json FILE]
 
@@ -26,13 +26,13 @@ from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
 from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.memory.__main__ import ALL, shape, table
-from tasks.engine.memory.model_sizes import shapes_of
+from tasks.engine.memory.model_sizes import sizes_of
 from tasks.engine.memory.predict import CONTEXT_GIB, predict
-from tasks.engine.memory.workload import load_of
-from tasks.engine.models.load import pick_device
+from tasks.engine.memory.workload import workload_of
+from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.trainable import trainable_model
-from tasks.engine.training.loop import GuardedTrainer
-from tasks.engine.training.spec import Plan
+from tasks.engine.training.loop import TrainingLoop
+from tasks.engine.training.spec import TrainingSpec
 from tasks.teacher.run import objective
 
 GIB = 2**30
@@ -87,11 +87,11 @@ HELD_OUT = [
 CASES = MADE_WITH + HELD_OUT
 
 
-class Unsaved(GuardedTrainer):
-    """The real trainer without its last checkpoint, which would take most of the time."""
+class UnsavedLoop(TrainingLoop):
+    """The training loop without its last checkpoint, which would take most of the time."""
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        return
+    def save_checkpoint(self) -> None:
+        """Saves nothing."""
 
 
 def base_of(size: str, directory: Path, pico: bool) -> ModelDir:
@@ -120,8 +120,8 @@ def config_of(case: Case, **more: Any) -> TrainingConfig:
     )  # fmt: skip
 
 
-def trainer_of(case: Case, config: TrainingConfig, base: ModelDir, work: Path) -> Unsaved:
-    """The real trainer over random rows."""
+def loop_of(case: Case, config: TrainingConfig, base: ModelDir, work: Path) -> UnsavedLoop:
+    """The training loop over random rows."""
     vocabulary = shape(case.size).vocab_size if torch.cuda.is_available() else 512
     ids = torch.randint(
         5, vocabulary, (case.rows * 3, case.length), generator=torch.Generator().manual_seed(0)
@@ -131,8 +131,8 @@ def trainer_of(case: Case, config: TrainingConfig, base: ModelDir, work: Path) -
     def build() -> Any:
         return trainable_model(config, case.method, base, pick_device())
 
-    return Unsaved(
-        Plan(build, rows, [], objective(config.loss_chunk_mib << 20), config, Job(work), "benchmark", rung=0), 1.0
+    return UnsavedLoop(
+        TrainingSpec(build, rows, [], objective(config.loss_chunk_mib << 20), config, Job(work), "benchmark"), 1.0
     )
 
 
@@ -140,19 +140,19 @@ def run(case: Case, directory: Path, kept: bool, pico: bool) -> dict[str, str]:
     """A case's row of the table."""
     config, base = config_of(case), base_of(case.size, directory, pico)
     tokens = case.rows * case.length
-    load = load_of(config, case.method, tokens, tokens // 2)
-    predicted = predict(shapes_of(base, config, case.method), load)
+    load = workload_of(config, case.method, tokens, tokens // 2)
+    predicted = predict(sizes_of(base, config, case.method), load)
     cuda, start = torch.cuda.is_available(), time.time()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    trainer = trainer_of(case, config, base, directory / "work")
+    loop = loop_of(case, config, base, directory / "work")
     loaded = torch.cuda.memory_allocated() / GIB if cuda else 0.0
     if kept:
-        with watch(trainer):
-            trainer.train()
+        with watch(loop):
+            loop.run()
     else:
-        trainer.train()
+        loop.run()
     measured = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
     reserved = torch.cuda.max_memory_reserved() / GIB if cuda else 0.0
     free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
@@ -167,11 +167,11 @@ def run(case: Case, directory: Path, kept: bool, pico: bool) -> dict[str, str]:
         "loaded": f"{loaded:.2f}",
         "weights + trained": f"{predicted.weights + predicted.trained:.2f}",
         "activations + working": f"{predicted.activations + predicted.working + predicted.logits:.2f}",
-        "loss": f"{trainer.history.steps['loss'][-1]:.3f}",
+        "loss": f"{loop.history.steps['loss'][-1]:.3f}",
         "s": f"{time.time() - start:.1f}",
     }
     shutil.rmtree(directory / "work", ignore_errors=True)
-    del trainer
+    del loop
     gc.collect()
     return row
 
@@ -179,23 +179,23 @@ def run(case: Case, directory: Path, kept: bool, pico: bool) -> dict[str, str]:
 class watch:
     """Counts what autograd saves in one forward of the first micro-batch, each storage once."""
 
-    def __init__(self, trainer: Unsaved) -> None:
-        self.trainer, self.seen, self.sizes = trainer, set[int](), Counter[str]()
-        model = trainer.model
+    def __init__(self, loop: UnsavedLoop) -> None:
+        self.loop, self.seen, self.sizes = loop, set[int](), Counter[str]()
+        model = loop.model
         self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self.own |= {b.untyped_storage().data_ptr() for b in model.buffers()}
 
     def __enter__(self) -> None:
-        self.plain, trainer, done = self.trainer.compute_loss, self.trainer, []
+        loss_sums, done = self.loop.loss_sums, list[bool]()
 
-        def compute_loss(*args: Any, **named: Any) -> Any:
+        def watched(batch: Any) -> Any:
             if done:
-                return self.plain(*args, **named)
+                return loss_sums(batch)
             done.append(True)
             with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
-                return self.plain(*args, **named)
+                return loss_sums(batch)
 
-        trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        self.loop.loss_sums = watched  # type: ignore[method-assign]
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         """Called with everything that is saved."""
@@ -206,7 +206,7 @@ class watch:
         return tensor
 
     def __exit__(self, *_: object) -> None:
-        layers = self.trainer.model.config.get_text_config().num_hidden_layers
+        layers = self.loop.model.config.get_text_config().num_hidden_layers
         print(f"kept for the backward ({layers} layers):")
         for what, number in self.sizes.most_common(60):
             print(f"  {number:5d} x {what}")

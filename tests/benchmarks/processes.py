@@ -66,14 +66,14 @@ def main() -> None:
 
     from tasks.engine.distributed import ranks
     from tasks.engine.models.trainable import trainable_model
-    from tasks.engine.training.spec import Plan
+    from tasks.engine.training.spec import TrainingSpec
     from tasks.teacher.run import objective
-    from tests.benchmarks.memory import Case, Unsaved, base_of, config_of
+    from tests.benchmarks.memory import Case, UnsavedLoop, base_of, config_of
 
     if arguments.act == "checkpoint":
         base_of(arguments.shape, arguments.directory, arguments.pico)
         return
-    ranks.join()
+    ranks.init_processes()
     case = Case(arguments.shape, arguments.method, arguments.rows, arguments.length, arguments.recompute)
     more = {
         "micro_batch_size": arguments.micro,
@@ -85,32 +85,32 @@ def main() -> None:
     rows = rows_of(arguments.rows * arguments.steps, arguments.length, 512 if arguments.pico else 262144)
     with tempfile.TemporaryDirectory() as work:
         device, loss = "cuda" if torch.cuda.is_available() else "cpu", objective(config.loss_chunk_mib << 20)
-        plan = Plan(
+        spec = TrainingSpec(
             lambda: trainable_model(config, arguments.method, base, device), rows, [], loss, config, Job(Path(work)),
-            "benchmark", rung=0, strategy=arguments.strategy,
+            "benchmark", strategy=arguments.strategy,
             before_step=lambda _, step: warm(arguments.directory, arguments.name, step) if arguments.name else None,
         )  # fmt: skip
         start = time.time()
-        trainer = Unsaved(plan, 1.0)
-        trainer.train()
+        loop = UnsavedLoop(spec)
+        loop.run()
     if ranks.rank() == 0:
         told: dict[str, Any] = {
-            "processes": ranks.count(),
-            "strategy": arguments.strategy if ranks.count() > 1 else "-",
+            "processes": ranks.world_size(),
+            "strategy": arguments.strategy if ranks.world_size() > 1 else "-",
             "method": arguments.method,
             "shape": arguments.shape,
             "rows": arguments.rows,
             "at_once": arguments.micro,
-            "losses": [round(loss, 5) for loss in trainer.history.steps["loss"]],
+            "losses": [round(loss, 5) for loss in loop.history.steps["loss"]],
             "seconds": round(time.time() - start, 1),
-            **{name: float(f"{value:.5g}") for name, value in trainer.reporter.finish().items()},
+            **{name: float(f"{value:.5g}") for name, value in loop.reporter.meter.summary().items()},
         }
         print(json.dumps(told), flush=True)
         if arguments.name:
             (arguments.directory / f"{arguments.name}.json").write_text(json.dumps(told))
             end_turn(arguments.directory, arguments.name)
     sys.stdout.flush()
-    ranks.leave()
+    ranks.end_processes()
 
 
 def warm(directory: Path, name: str, step: int) -> None:
@@ -118,7 +118,7 @@ def warm(directory: Path, name: str, step: int) -> None:
     from tasks.engine.distributed import ranks
 
     if step == WARM_UP:
-        ranks.wait()
+        ranks.barrier()
         wait_for_turn(directory, name)
 
 

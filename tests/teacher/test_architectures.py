@@ -29,8 +29,9 @@ from transformers import (
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
+from tasks.engine.models.families.family import TOWERS
 from tasks.engine.models.lm_head import unwrap
-from tasks.engine.models.load import TOWERS, load_model
+from tasks.engine.models.load import load_model
 from tasks.engine.models.trainable import trainable_model
 from tasks.merge import MergeConfig
 from tasks.merge.run import merge

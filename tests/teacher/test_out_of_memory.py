@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tasks.core import child
+from tasks.core import child_process
 from tasks.core.refs import ModelDir
-from tasks.core.rows import Message, Row, write_rows
+from tasks.core.rows import Message, Row
 from tasks.core.settings import Settings
-from tasks.core.shell import descend
+from tasks.core.shell import retry_out_of_memory
 from tasks.core.tracking import Tracker
 from tasks.teacher import FineTuneConfig
 from tests.engine.rows import example_dataset
 from tests.pico import pico_model
+from tests.rows import write_rows
 
 # The MLP is the memory: 8192 wide in float32, so that 64 rows of 50 tokens take 100 MiB each time it is kept.
 SETTINGS = dict(rank=2, batch_size=64, micro_batch_size=64, max_steps=3, save_every_steps=1, loss_chunk_mib=8)
@@ -45,10 +46,10 @@ def descended(base, tmp_path: Path, monkeypatch, cap: int, dataset: Path | None 
 
         def start(rungs: int) -> None:
             arguments_now = [*arguments, "--work", str(work), "--rung", str(rungs)]
-            child.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200, warm=True)
+            child_process.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200, warm=True)
 
         try:
-            descend(start, tmp_path / "rung", run, said.append)
+            retry_out_of_memory(start, tmp_path / "rung", run, said.append)
         finally:
             tags = MlflowClient(Settings().tracking_uri).get_run(run.run_id).data.tags
     return tags, events, said
@@ -60,7 +61,7 @@ def test_a_lid_on_memory_is_met_by_smaller_micro_batches_until_it_fits(base, tmp
     taken = int((tmp_path / "rung").read_text())
     assert taken >= 1 and report["details"]["batch"]["effective"] == 64
     assert report["details"]["batch"]["micro"] == 64 >> taken
-    assert tags["rung.1"] == "micro-batch 64 -> 32, accumulated to 64 as before"
+    assert tags["memory_fallback.1"] == "micro-batch 64 -> 32, accumulated to 64 as before"
     assert "allocate" in tags["out_of_memory.1"] and len(said) == taken
     assert report["facts"]["steps"] == 3
 
@@ -77,5 +78,5 @@ def test_a_single_long_row_is_met_by_recompute(tmp_path, monkeypatch):
     tags, events, said = descended(deep, tmp_path, monkeypatch, 400, tmp_path / "long", **one)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["facts"]["steps"] == 1 and report["details"]["batch"] == {"effective": 1, "micro": 1}
-    assert tags["rung.1"] == "recompute on" and "allocate" in tags["out_of_memory.1"] and len(said) == 1
-    assert "rung.2" not in tags
+    assert tags["memory_fallback.1"] == "recompute on" and "allocate" in tags["out_of_memory.1"] and len(said) == 1
+    assert "memory_fallback.2" not in tags

@@ -21,10 +21,10 @@ from torch import Tensor
 from tasks.core.errors import BadConfig
 
 Strategy = Literal["ddp", "fsdp2"]
-PATIENCE = timedelta(days=1)  # with process 0, which may ask a teacher first; who hangs is the parent's to find out
+TIMEOUT = timedelta(days=1)  # with process 0, which may ask a teacher first; who hangs is the parent's to find out
 
 
-def join() -> None:
+def init_processes() -> None:
     """Meets the other processes that torchrun or `accelerate launch` started; does nothing without them.
 
     Their environment is taken away afterwards, or accelerate would wrap the model and split the rows once more.
@@ -36,9 +36,9 @@ def join() -> None:
             raise BadConfig(f"processes={wanted}, and there is no GPU {seen}: set processes to the number of GPUs")
         if device == "cuda":
             os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # Megatron-LM asks it of expandable segments
-            dist.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device("cuda", 0))  # the card it sees
+            dist.init_process_group("nccl", timeout=TIMEOUT, device_id=torch.device("cuda", 0))  # the card it sees
         else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", timeout=TIMEOUT)
         if dist.get_world_size() != wanted:
             raise BadConfig(f"{dist.get_world_size()} processes met, {wanted} were started")
     ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -46,7 +46,7 @@ def join() -> None:
         del os.environ[name]
 
 
-def leave() -> None:
+def end_processes() -> None:
     """Ends what `join` began."""
     if dist.is_initialized():
         dist.barrier()
@@ -58,56 +58,58 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(rows: Sequence[int], batch_size: int) -> list[int]:
+def rows_of_rank(rows: Sequence[int], batch_size: int) -> list[int]:
     """This process's rows of every step: every `count`th of `batch_size` rows sorted by length, so that all work."""
-    if batch_size % count():
-        raise BadConfig(f"batch_size={batch_size} cannot be split over {count()} processes; make it a multiple")
+    if batch_size % world_size():
+        raise BadConfig(f"batch_size={batch_size} cannot be split over {world_size()} processes; make it a multiple")
     return [
-        row for start in range(0, len(rows), batch_size) for row in rows[start : start + batch_size][rank() :: count()]
+        row
+        for start in range(0, len(rows), batch_size)
+        for row in rows[start : start + batch_size][rank() :: world_size()]
     ]
 
 
-def total(values: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum over all processes, in place."""
-    if count() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What process 0 says."""
-    if count() == 1:
+    if world_size() == 1:
         return value
     said = [value]
     dist.broadcast_object_list(said, src=0)
     return said[0]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all are here."""
-    if count() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 @contextlib.contextmanager
-def in_turn() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Process 0 does it, then all others, who find what it wrote."""
     if rank():
-        wait()
+        barrier()
     yield
     if rank() == 0:
-        wait()
+        barrier()
 
 
-def all_of(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """What every process has, in their order."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * count()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found

@@ -1,94 +1,70 @@
-"""What a training run says while it works, and when it saves: a callback of transformers' Trainer."""
+"""Reports of a running training: metrics of every step, and progress twice a second at most."""
 
 import time
-from typing import TYPE_CHECKING, Any, cast
 
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from tasks.engine.distributed import ranks
-from tasks.engine.training.throughput import Meter
-
-if TYPE_CHECKING:
-    from tasks.engine.training.loop import GuardedTrainer
-    from tasks.engine.training.spec import Plan
+from tasks.engine.training.history import History
+from tasks.engine.training.loss_scaling import LossScale
+from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.throughput import ThroughputMeter
 
 SECONDS_BETWEEN_EVENTS = 0.5
 
 
-class Reporter(TrainerCallback):
-    """Metrics of every step, progress twice a second at most; checkpoints by step, time, at the end and on SIGTERM."""
+class Reporter:
+    """Sends each finished step's numbers to the job, and keeps the clocks of speed and checkpoints."""
 
-    def __init__(self, trainer: "GuardedTrainer", plan: "Plan") -> None:
-        self.trainer, self.plan = trainer, plan
-        self.start = self.saved = self.told = time.monotonic()
-        self.step_began = self.start
-        self.start_step = 0
+    def __init__(self, spec: TrainingSpec, model: PreTrainedModel, history: History, loss_scale: LossScale) -> None:
+        self.spec, self.history, self.loss_scale = spec, history, loss_scale
+        self.meter = ThroughputMeter(model)
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Starts the clocks after `step` finished steps; a resumed run's speed counts its own steps only."""
+        self.run_start = self.last_checkpoint = self.last_progress = self.step_start = time.monotonic()
+        self.first_step = step
         self.tokens = 0
-        self.meter: Meter | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Starts the clocks; a resumed run's speed counts its own steps only."""
-        self.start = self.saved = self.told = self.step_began = time.monotonic()
-        self.start_step = state.global_step
-        self.meter = Meter(cast(PreTrainedModel, self.trainer.model))
+    def checkpoint_is_due(self) -> bool:
+        """Whether `save_every_seconds` have passed; process 0 decides for all."""
+        return ranks.rank() == 0 and time.monotonic() - self.last_checkpoint >= self.spec.config.save_every_seconds
 
-    def wants_checkpoint(self) -> bool:
-        """Whether the time for one has come; process 0 decides for all."""
-        return ranks.rank() == 0 and time.monotonic() - self.saved >= self.plan.config.save_every_seconds
+    def checkpoint_starts(self) -> None:
+        """Restarts the clock of `checkpoint_is_due`."""
+        self.last_checkpoint = time.monotonic()
 
-    def told_step(self, step: int, tokens: int, labels: int, rows: list[int]) -> None:
-        """Tells a step's numbers, which the history has just got."""
+    def leave_out(self, seconds: float) -> None:
+        """Keeps a validation's time out of the step's."""
+        self.step_start += seconds
+
+    def step_metrics(self, step: int, tokens: int, labels: int, rows: list[int]) -> None:
+        """Sends a step's numbers, which have just been added to the history."""
         now = time.monotonic()
         self.tokens += tokens
-        numbers = {name: values[-1] for name, values in self.trainer.history.steps.items()}
-        speed = self._speed(now - self.step_began, tokens, labels, rows)
-        self.plan.job.metrics(step, **numbers, **speed)
-        self.step_began = now
-        if step == self.plan.steps or now - self.told >= SECONDS_BETWEEN_EVENTS:
-            self._tell(step, now, numbers["loss"], speed)
+        values = {name: series[-1] for name, series in self.history.steps.items()}
+        lengths = [len(self.spec.examples[row].input_ids) for row in rows]
+        speed = self.meter.step(now - self.step_start, tokens, labels, lengths, ranks.world_size())
+        if self.loss_scale.used:
+            speed["loss_scale"] = self.loss_scale.factor
+        self.spec.job.metrics(step, **values, **speed)
+        self.step_start = now
+        if step == self.spec.steps or now - self.last_progress >= SECONDS_BETWEEN_EVENTS:
+            self._progress(step, now, values["loss"], speed)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Validates, and asks for a checkpoint where one is due."""
-        step, config = state.global_step, self.plan.config
-        last = step == self.plan.steps
-        validates = config.validate_every_steps and step % config.validate_every_steps == 0 and not last
-        stop = self.trainer.must_stop if ranks.count() > 1 else self.plan.job.stop_requested
-        by_step = config.save_every_steps and step % config.save_every_steps == 0
-        saves = last or stop or by_step or self.trainer.must_save
-        if saves or validates:
-            self.trainer.catch_up()
-            began = time.monotonic()
-            if validates:
-                self.trainer.validate()
-            self.step_began += time.monotonic() - began
-        if saves:
-            control.should_save, self.saved, self.trainer.must_save = True, time.monotonic(), False
-        if stop:
-            control.should_training_stop = True
-
-    def finish(self) -> dict[str, float]:
-        """This try's speed as it goes into the report."""
-        return self.meter.summary() if self.meter else {}
-
-    def _speed(self, seconds: float, tokens: int, labels: int, rows: list[int]) -> dict[str, float]:
-        trainer = self.trainer
-        assert self.meter is not None  # made when training began
-        lengths = [len(self.plan.examples[row].input_ids) for row in rows]
-        told = self.meter.step(seconds, tokens, labels, lengths, ranks.count())
-        return told if not trainer.loss_scale.used else {**told, "loss_scale": trainer.loss_scale.factor}
-
-    def _tell(self, step: int, now: float, loss: float, speed: dict[str, float]) -> None:
-        left = (self.plan.steps - step) * (now - self.start) / (step - self.start_step)
-        told = [f"loss {loss:.4f}", f"{self.tokens / max(now - self.told, 1e-9):,.0f} tokens/s"]
-        told.append(f"peak {speed['peak_gib']:.1f} GiB")
-        told += [f"MFU {speed['mfu']:.0%}"] if "mfu" in speed else []
-        told.append(f"{clock(left)} left")
-        self.plan.job.progress(step, self.plan.steps, "steps", ", ".join(told))
-        self.told, self.tokens = now, 0
+    def _progress(self, step: int, now: float, loss: float, speed: dict[str, float]) -> None:
+        remaining = (self.spec.steps - step) * (now - self.run_start) / (step - self.first_step)
+        notes = [f"loss {loss:.4f}", f"{self.tokens / max(now - self.last_progress, 1e-9):,.0f} tokens/s"]
+        notes.append(f"peak {speed['peak_gib']:.1f} GiB")
+        notes += [f"MFU {speed['mfu']:.0%}"] if "mfu" in speed else []
+        notes.append(f"{clock(remaining)} left")
+        self.spec.job.progress(step, self.spec.steps, "steps", ", ".join(notes))
+        self.last_progress, self.tokens = now, 0
 
 
 def clock(seconds: float) -> str:
     """`3:07`, or `2:03:07` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

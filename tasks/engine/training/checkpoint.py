@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: safetensors and JSON only, a manifest of sha256 written last, two kept.
+"""Verified checkpoints: safetensors and JSON only, a manifest of SHA-256 written last, the newest two kept.
 
-write(root, step, tensors, documents, made_by)
-newest(root, made_by, warn)        # the newest whose files are what was written, or None
+write(root, step, tensors, documents, fingerprint)
+newest(root, fingerprint, warn)    # the newest whose files match their manifest, or None
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-KEEP = 2
+CHECKPOINTS_KEPT = 2
 
 
 def write(
-    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any], made_by: str
+    root: Path, step: int, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any], fingerprint: str
 ) -> Path:
     """Writes `<root>/checkpoint-<step>`: one file for each of `tensors` and `documents`, then the manifest.
 
-    `made_by` is a fingerprint of what decides the run (config, data, model): `newest` takes no other run's.
+    `fingerprint` is a digest of what decides the run (config, data, model): `newest` takes no other run's.
     """
     directory = root / f"checkpoint-{step}"
     shutil.rmtree(directory, ignore_errors=True)
@@ -38,18 +38,18 @@ def write(
         (directory / f"{name}.json").write_text(json.dumps(document))
     files = {path.name: _sha256(path, sync=True) for path in sorted(directory.iterdir())}
     with (directory / MANIFEST).open("w") as file:
-        json.dump({"step": step, "made_by": made_by, "files": files}, file)
+        json.dump({"step": step, "made_by": fingerprint, "files": files}, file)
         file.flush()
         os.fsync(file.fileno())
-    for old in _by_step(root)[KEEP:]:
-        shutil.rmtree(old)
+    for superseded in _by_step(root)[CHECKPOINTS_KEPT:]:
+        shutil.rmtree(superseded)
     return directory
 
 
-def newest(root: Path, made_by: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint of this run that is whole; a damaged one is passed over with a warning, and removed."""
+def newest(root: Path, fingerprint: str, warn: Callable[[str], None]) -> Path | None:
+    """The newest intact checkpoint of this run; damaged ones and other runs' are removed with a warning."""
     for directory in _by_step(root):
-        problem = _problem(directory, made_by)
+        problem = _problem(directory, fingerprint)
         if problem is None:
             return directory
         warn(f"checkpoint {directory.name} is not used: {problem}")
@@ -68,8 +68,13 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
+def read_step(directory: Path) -> int:
+    """Finished optimizer steps of a checkpoint."""
+    return int(json.loads((directory / "trainer_state.json").read_text())["global_step"])
+
+
 def discard_after(root: Path, step: int) -> None:
-    """Removes the checkpoints of more than `step` steps: something went wrong before they were written."""
+    """Removes the checkpoints of more than `step` steps."""
     for directory in _by_step(root):
         if int(directory.name.rpartition("-")[2]) > step:
             shutil.rmtree(directory)
@@ -84,22 +89,23 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restore_random_state(tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Sets the generators to what `random_state` saw."""
+    """Sets the generators to what `random_state` returned."""
     torch.set_rng_state(tensors["cpu"])
     for i in range(min(torch.cuda.device_count(), len(tensors) - 1)):
         torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *rest))
+    name, keys, *position = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), *position))
 
 
-def _problem(directory: Path, made_by: str) -> str | None:
+def _problem(directory: Path, fingerprint: str) -> str | None:
+    """Why a checkpoint cannot be resumed from; None for one that can."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):
         return "its writing did not end"
-    if manifest.get("made_by") != made_by:
+    if manifest.get("made_by") != fingerprint:
         return "another run made it (other settings, rows or model)"
     for name, digest in manifest["files"].items():
         if not (directory / name).is_file() or _sha256(directory / name) != digest:

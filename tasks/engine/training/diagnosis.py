@@ -1,7 +1,7 @@
-"""What a step that broke is called: which rows it held, which of them are worst, and in which layers it shows.
+"""Description of a diverged step: its rows, the worst of them, and the layers where it shows.
 
-Runs once, when the run is about to go back or give up, so it may take its time: every row's loss by itself, one
-forward with a look at each layer's output, every gradient's norm.
+Computed once, before the run goes back or gives up, so it may take its time: the loss of every row by itself, the norm
+of every gradient, and one forward that records each layer's output.
 """
 
 import math
@@ -13,84 +13,97 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.errors import Diverged
-from tasks.engine.distributed.fsdp import own
+from tasks.engine.distributed.fsdp import local_tensor
 from tasks.engine.models.lm_head import unwrap
+from tasks.engine.training.async_metrics import PendingMetrics
 
-NAMED, ROWS = 3, 64
-LossOfRows = Callable[[Sequence[int]], float]
+WORST_SHOWN, ROWS_SHOWN, ROWS_TRIED = 3, 32, 64
+MeanLoss = Callable[[Sequence[int]], float]
 
 
-class Broke(Diverged):
-    """A step that broke; checkpoints from after `since` finished steps are not to be trusted."""
+class DivergedStep(Diverged):
+    """A diverged step; checkpoints of more than `last_good_step` finished steps are not to be trusted."""
 
-    def __init__(self, message: str, since: int) -> None:
+    def __init__(self, message: str, last_good_step: int) -> None:
         super().__init__(message)
-        self.since = since
+        self.last_good_step = last_good_step
 
 
-def worst(model: PreTrainedModel, rows: Sequence[int], loss_of: LossOfRows) -> str:
-    """A sentence on the worst rows and layers; `loss_of` gives the loss of some rows under the present weights."""
-    gradients = worst_gradients(model)
-    training = model.training
+def describe_divergence(
+    problem: str, step: PendingMetrics, model: PreTrainedModel, mean_loss: MeanLoss, is_sharded: bool
+) -> str:
+    """The step's number, problem, learning rate and rows, and what is worst in it.
+
+    `mean_loss` gives the loss of some rows under the present weights; of a sharded model the gradients alone are named.
+    """
+    rows = ", ".join(map(str, step.rows[:ROWS_SHOWN])) + (" ..." if len(step.rows) > ROWS_SHOWN else "")
+    details = largest_gradients(model) if is_sharded else worst_rows_and_layers(model, step.rows, mean_loss)
+    return f"step {step.step}: {problem} at learning rate {step.learning_rate:g}, training rows {rows}; {details}"
+
+
+def worst_rows_and_layers(model: PreTrainedModel, rows: Sequence[int], mean_loss: MeanLoss) -> str:
+    """A sentence on the rows with the largest loss, the largest gradients and the largest layer output."""
+    gradients = largest_gradients(model)
+    was_training = model.training
     model.train(False)
     with torch.no_grad():
-        losses = [(loss_of([row]), row) for row in rows[:ROWS]]
-        by_loss = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:NAMED]
-        with _Watch(model) as outputs:
-            loss_of([by_loss[0][1]])
-    model.train(training)
-    named = ", ".join(f"{row} (loss {loss:.3g})" for loss, row in by_loss)
-    return f"worst rows {named}; {gradients}; {outputs.say()}"
+        losses = [(mean_loss([row]), row) for row in rows[:ROWS_TRIED]]
+        by_loss = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:WORST_SHOWN]
+        with _OutputMaxima(model) as maxima:
+            mean_loss([by_loss[0][1]])
+    model.train(was_training)
+    worst = ", ".join(f"{row} (loss {loss:.3g})" for loss, row in by_loss)
+    return f"worst rows {worst}; {gradients}; {maxima.summary()}"
 
 
-def worst_gradients(model: nn.Module) -> str:
+def largest_gradients(model: nn.Module) -> str:
     """The layers whose gradients are not finite, or else the largest, with their norms."""
     squares: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            place = layer_of(name)
-            squares[place] = squares.get(place, 0.0) + float(own(parameter.grad).float().square().sum())
-    ordered = sorted(squares.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))[:NAMED]
+            layer = layer_of(name)
+            squares[layer] = squares.get(layer, 0.0) + float(local_tensor(parameter.grad).float().square().sum())
+    ordered = sorted(squares.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))[:WORST_SHOWN]
     return "largest gradients in " + ", ".join(f"{name} ({math.sqrt(value):.3g})" for name, value in ordered)
 
 
 def layer_of(name: str) -> str:
-    """`layers.3` for what lies in a decoder layer, else the module's own name."""
-    found = re.search(r"\blayers\.\d+", name)
-    return found.group() if found else name.removesuffix(".weight").removeprefix("base_model.model.")
+    """`layers.3` for a parameter of a decoder layer, else its module's own name."""
+    match = re.search(r"\blayers\.\d+", name)
+    return match.group() if match else name.removesuffix(".weight").removeprefix("base_model.model.")
 
 
-class _Watch:
-    """Largest value that leaves each decoder layer during a forward."""
+class _OutputMaxima:
+    """Largest absolute output of each decoder layer during the forwards inside the block."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._largest = model, dict[str, float]()
+        self._model, self._maxima = model, dict[str, float]()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "_OutputMaxima":
         for name, module in unwrap(self._model).named_modules():
             if re.fullmatch(r".*\blayers\.\d+", name):
-                self._handles.append(module.register_forward_hook(self._look(layer_of(name))))
+                self._handles.append(module.register_forward_hook(self._recorder(layer_of(name))))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _look(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def look(module: nn.Module, args: object, output: object) -> None:
+    def _recorder(self, layer: str) -> Callable[[nn.Module, object, object], None]:
+        def record(module: nn.Module, args: object, output: object) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if isinstance(hidden, Tensor):
-                self._largest[name] = float(hidden.abs().max())
+                self._maxima[layer] = float(hidden.abs().max())
 
-        return look
+        return record
 
-    def say(self) -> str:
-        """The first layer that put out no finite number, or the largest output."""
-        for name, value in self._largest.items():
+    def summary(self) -> str:
+        """The first layer whose output is not finite, or the largest output."""
+        for layer, value in self._maxima.items():
             if not math.isfinite(value):
-                return f"first output that is not finite: {name}"
-        if not self._largest:
-            return "no layer's output was seen"
-        name, value = max(self._largest.items(), key=lambda item: item[1])
-        return f"largest output {value:.3g}, of {name}"
+                return f"first output that is not finite: {layer}"
+        if not self._maxima:
+            return "no layer's output was recorded"
+        layer, value = max(self._maxima.items(), key=lambda item: item[1])
+        return f"largest output {value:.3g}, of {layer}"

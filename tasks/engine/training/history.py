@@ -1,4 +1,4 @@
-"""A training run's numbers by step: what diverged, what is drawn, what a resumed run goes on from."""
+"""Metrics of a training run by step, with divergence detection and the loss chart."""
 
 import math
 import statistics
@@ -11,35 +11,35 @@ from matplotlib import pyplot
 from torch import Tensor
 
 matplotlib.use("Agg")
-WINDOW = 20
-EXPLODED, IN_A_ROW = 100, 3
+WINDOW = 20  # steps of a running mean
+EXPLODED, IN_A_ROW = 100, 3  # times the usual gradient norm, in so many steps in a row
 COLORS = {"loss": "#1f4e79", "kd_loss": "#c55a11", "ce_loss": "#548235"}
 
 
 class Problem(NamedTuple):
-    """What went wrong, in words, and over how many of the last steps: checkpoints from within them are suspect."""
+    """A sign of divergence and the number of last steps that show it: checkpoints from within them are suspect."""
 
     text: str
     steps: int
 
 
 class History:
-    """`steps` holds one list a number, one value a step; `validation` the same with the step it was taken at."""
+    """Metrics as lists: `steps` with one value a step, `validation` with one a validation and its `step`."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[float]] = {}
         self.validation: dict[str, list[float]] = {}
-        self.speed: dict[str, float] = {}  # of the last try; no checkpoint keeps it
+        self.speed: dict[str, float] = {}  # of the last attempt; not in checkpoints
 
     def __len__(self) -> int:
         return len(self.steps.get("loss", []))
 
     def add(self, values: dict[str, float], vocabulary: int) -> Problem | None:
-        """Records a step and says what is wrong with it, if anything: not finite, exploding, far worse than guessing.
+        """Records a step; returns its problem if it diverged: not finite, exploding, far worse than guessing.
 
         Guessing uniformly costs ln(vocabulary) a token. One step at three times that (or three times the first
         step's loss), 20 steps above both by 1 nat on average, or 3 steps whose gradients are 100 times larger than
-        those before them, will not come back by themselves.
+        those before them, do not recover by themselves.
         """
         for name, value in values.items():
             self.steps.setdefault(name, []).append(value)
@@ -57,12 +57,12 @@ class History:
 
     def _exploded(self) -> Problem | None:
         norms = self.steps["grad_norm"]
-        before, last = norms[-WINDOW - IN_A_ROW : -IN_A_ROW], norms[-IN_A_ROW:]
-        usual = statistics.median(before) if len(before) == WINDOW else math.inf
+        earlier, last = norms[-WINDOW - IN_A_ROW : -IN_A_ROW], norms[-IN_A_ROW:]
+        usual = statistics.median(earlier) if len(earlier) == WINDOW else math.inf
         if min(last) <= EXPLODED * usual or usual == 0:
             return None
-        norms_told = ", ".join(f"{norm:.3g}" for norm in last)
-        return Problem(f"the gradient's norm was {norms_told} in the last steps and {usual:.3g} before", IN_A_ROW)
+        listed = ", ".join(f"{norm:.3g}" for norm in last)
+        return Problem(f"the gradient's norm was {listed} in the last steps and {usual:.3g} before", IN_A_ROW)
 
     def add_validation(self, step: int, values: dict[str, float]) -> None:
         """Records validation losses taken after `step` steps."""
@@ -75,13 +75,13 @@ class History:
         return sum(values) / len(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The history as a checkpoint keeps it."""
+        """The history as float64 tensors, for a checkpoint."""
         named = {f"steps/{name}": values for name, values in self.steps.items()}
         named |= {f"validation/{name}": values for name, values in self.validation.items()}
         return {name: torch.tensor(values, dtype=torch.float64) for name, values in named.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes a checkpoint's history for its own."""
+        """Replaces the history by a checkpoint's."""
         for name, values in tensors.items():
             kind, _, key = name.partition("/")
             getattr(self, kind)[key] = values.tolist()

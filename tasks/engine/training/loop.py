@@ -1,253 +1,281 @@
-"""The training loop that fine-tuning and distillation share: transformers' Trainer with our loss, rows and safety.
+"""The training loop of fine-tuning and distillation.
 
-    model, history = train(Plan(build, examples, validation, objective, config, job, made_by))
+    model, history = train(TrainingSpec(build, examples, validation, objective, config, job, fingerprint))
 
-SIGTERM saves a checkpoint after the running step and raises Preempted; the same call then goes on from the newest
-verified checkpoint, over the same rows, to the same weights. A diverged run goes back and halves its learning rate.
+Plain torch. transformers' Trainer was here and had to be overridden in twelve methods; of accelerate nothing would be
+left: the model is built on its device, batches come prefetched and pinned (tasks.engine.data.prefetch), accumulation is
+a loop, and processes sum their gradients once a step themselves (tasks.engine.distributed.gradient_reduction), so DDP
+wraps nothing. On CUDA a step never waits for the device: batches are copied without blocking, and with CUDA graphs a
+step's metrics are read during the next one.
+
+SIGTERM saves a checkpoint after the running step and raises Preempted; the same call then resumes from the newest
+verified checkpoint, over the same rows, to the same weights. A diverged run goes back to its last good checkpoint with
+half the learning rate.
 """
 
 import contextlib
 import gc
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, PrinterCallback
+from torch import Tensor
+from transformers import PreTrainedModel, set_seed
 
 from tasks.core.errors import BadConfig, Diverged
 from tasks.engine.data.collator import Batch, collate, to_device
-from tasks.engine.data.prefetch import Ahead
+from tasks.engine.data.prefetch import PrefetchDataset
 from tasks.engine.distributed import fsdp, ranks
-from tasks.engine.distributed.gradient_reduction import gradient_norm, scale_gradients, sum_gradients
+from tasks.engine.distributed.gradient_reduction import gradient_norm, reduce_gradients, scale_gradients
+from tasks.engine.losses.loss_sums import LossSums
 from tasks.engine.training import checkpoint
-from tasks.engine.training.async_metrics import Coming, Sums
+from tasks.engine.training.acceleration import accelerate, training_batches
+from tasks.engine.training.async_metrics import MetricSums, PendingMetrics
 from tasks.engine.training.callbacks import Reporter
-from tasks.engine.training.diagnosis import Broke, worst, worst_gradients
+from tasks.engine.training.diagnosis import DivergedStep, describe_divergence
 from tasks.engine.training.history import History
 from tasks.engine.training.loss_scaling import LossScale
-from tasks.engine.training.resumable import Resumable
-from tasks.engine.training.spec import Plan, feed, graphs_for, loss_sums, quicken, training_arguments, validation_losses
-from tasks.engine.training.weight_swap import ShowWeights
+from tasks.engine.training.optimizer import make_optimizer, make_scheduler
+from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.training_state import TrainingState, unsharded_model
+from tasks.engine.training.validation import validation_losses
 
-ROWS_NAMED = 32
 
-
-def train(plan: Plan) -> tuple[PreTrainedModel, History]:
+def train(spec: TrainingSpec) -> tuple[PreTrainedModel, History]:
     """The trained model, in evaluation mode, and the run's history by step.
 
     Raises Preempted after SIGTERM, Diverged when `config.rollbacks` did not help.
     """
-    scale = 1.0
-    for rollback in range(plan.config.rollbacks + 1):
-        found = _newest(plan)
-        if found:
-            scale = min(scale, checkpoint.read_state(found)["scale"])
-            plan.job.log(f"goes on from {found.name} of {plan.steps} steps")
+    rate_scale = 1.0
+    for rollback in range(spec.config.rollbacks + 1):
+        resumed = _newest_checkpoint(spec)
+        if resumed:
+            rate_scale = min(rate_scale, checkpoint.read_state(resumed)["scale"])
+            spec.job.log(f"goes on from {resumed.name} of {spec.steps} steps")
         try:
-            return _attempt(plan, found, scale)
-        except Broke as error:
-            if rollback == plan.config.rollbacks:
+            return _attempt(spec, resumed, rate_scale)
+        except DivergedStep as error:
+            if rollback == spec.config.rollbacks:
                 times = f", after going back {rollback} times" if rollback else ""
-                advice = f"Set a lower learning_rate than {plan.config.learning_rate:g}"
+                advice = f"Set a lower learning_rate than {spec.config.learning_rate:g}"
                 raise Diverged(f"{error}{times}. {advice}") from error
-            message, scale, since = str(error), scale / 2, error.since
+            message, rate_scale, last_good_step = str(error), rate_scale / 2, error.last_good_step
         gc.collect()  # the diverged model and its optimizer
         if ranks.rank() == 0:
-            checkpoint.discard_after(plan.checkpoints, since)
-        plan.job.log(f"{message}; back to the last good checkpoint with {scale:g} of the learning rate", "warning")
+            checkpoint.discard_after(spec.checkpoints, last_good_step)
+        spec.warn(f"{message}; back to the last good checkpoint with {rate_scale:g} of the learning rate")
     raise AssertionError("the loop returns or raises")
 
 
-def _newest(plan: Plan) -> Path | None:
-    """The checkpoint that all processes go on from; process 0 looks."""
-    ranks.wait()
-    found = None
-    if ranks.rank() == 0:
-        found = checkpoint.newest(plan.checkpoints, plan.made_by, lambda text: plan.job.log(text, "warning"))
-    name = ranks.agree(found.name if found else None)
-    return plan.checkpoints / name if name else None
+def _newest_checkpoint(spec: TrainingSpec) -> Path | None:
+    """The checkpoint that all processes resume from, as process 0 finds it."""
+    ranks.barrier()
+    newest = checkpoint.newest(spec.checkpoints, spec.fingerprint, spec.warn) if ranks.rank() == 0 else None
+    name = ranks.broadcast(newest.name if newest else None)
+    return spec.checkpoints / name if name else None
 
 
-def _attempt(plan: Plan, found: Path | None, scale: float) -> tuple[PreTrainedModel, History]:
-    trainer = GuardedTrainer(plan, scale)
-    with plan.job.defer_stop():
-        trainer.train(resume_from_checkpoint=str(found) if found else None)
-        plan.job.stop_requested |= trainer.must_stop  # another process was asked to
-    trained = trainer.whole_model() if trainer.is_split else cast(PreTrainedModel, trainer.model)
-    trained.train(False)
-    trainer.history.speed = trainer.reporter.finish()
-    return trained, trainer.history
+def _attempt(spec: TrainingSpec, resumed: Path | None, rate_scale: float) -> tuple[PreTrainedModel, History]:
+    loop = TrainingLoop(spec, rate_scale)
+    with spec.job.defer_stop():
+        loop.run(resumed)
+        spec.job.stop_requested |= loop.stops  # another process was asked to
+    loop.history.speed = loop.reporter.meter.summary()
+    history = loop.history
+    if spec.is_sharded:
+        weights = loop.state().trained_weights()
+        del loop
+        gc.collect()
+        model = unsharded_model(spec, weights)
+    else:
+        model = loop.model
+    model.train(False)
+    return model, history
 
 
-class GuardedTrainer(Resumable):
-    """transformers' Trainer over a fixed order of rows, with checkpoints of our own and a check of every step."""
+class TrainingLoop:
+    """One attempt at a run: batches -> forward and backward -> reduce and clip -> optimizer and scheduler -> hooks.
 
-    def __init__(self, plan: Plan, scale: float) -> None:
-        model = plan.build()
-        config, device = plan.config, model.device.type
-        self.is_split = plan.is_split
-        if self.is_split and config.optimizer != "adamw":
-            raise BadConfig(f"optimizer={config.optimizer} cannot be split: set optimizer=adamw, or strategy=ddp")
-        self.plan, self.scale = plan, scale
-        self.history = History()
-        self.rows: list[int] = []  # of the running step
-        self.tokens, self.labels, self.must_stop, self.must_save = 0, 0, False, False
-        self.loss_scale = LossScale(config.precision == "float16")
-        self.reporter = Reporter(self, plan)
-        self._sums = Sums()
-        self._coming: Coming | None = None
-        self._vocabulary = int(model.config.get_text_config().vocab_size)
-        self._use_cache = getattr(model.config, "use_cache", True)
-        batches = feed(plan, model)
-        quicken(plan, model, batches)
-        self.graphs = graphs_for(plan, batches, model)
-        super().__init__(
-            model,
-            training_arguments(plan, scale, device),
-            data_collator=cast(Any, lambda items: items[0]),
-            train_dataset=Ahead(batches, self._prepared, device == "cuda"),
-            callbacks=[self.reporter],
-            optimizer_cls_and_kwargs=self._own_optimizer(config.learning_rate * scale),
-        )
+    `rate_scale` is what the run's divergences have left of its learning rate; `step` counts finished steps.
+    """
+
+    def __init__(self, spec: TrainingSpec, rate_scale: float = 1.0) -> None:
+        config = spec.config
+        if spec.is_sharded and config.optimizer != "adamw":
+            raise BadConfig(f"optimizer={config.optimizer} cannot be sharded: set optimizer=adamw, or strategy=ddp")
+        self.spec, self.rate_scale, self.step = spec, rate_scale, 0
+        self.model = spec.build()
+        self.device = self.model.device
+        micro_batches = training_batches(spec, self.model)
+        self.graphs = accelerate(spec, self.model, micro_batches)
+        prepare = spec.prepare_batch or (lambda batch: batch)
+        self.batches = PrefetchDataset(micro_batches, prepare, self.device.type == "cuda")
+        set_seed(config.seed)
         if ranks.rank():
-            torch.manual_seed(config.seed + ranks.rank())  # each process drops others of its rows' activations
-        self.shown = plan.shown(model) if plan.shown else None
-        if self.shown:
-            self.add_callback(ShowWeights(self.shown))
-        self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # or training_step divides by the number of micro-batches once more
-        model.config.use_cache = self._use_cache  # Trainer switches it off, and it would be saved
+            torch.manual_seed(config.seed + ranks.rank())  # each process drops other activations
+        learning_rate = config.learning_rate * rate_scale
+        replacement = self.graphs.optimizer(learning_rate) if self.graphs else None
+        if spec.is_sharded:
+            replacement = fsdp.AdamW, {"lr": learning_rate}
+        self.optimizer = make_optimizer(self.model, config, learning_rate, replacement)
+        self.scheduler = make_scheduler(self.optimizer, config, spec.steps)
+        self.weight_swap = spec.weight_swap(self.model) if spec.weight_swap else None
+        self.loss_scale = LossScale(config.precision == "float16")
+        self.history = History()
+        self.reporter = Reporter(spec, self.model, self.history, self.loss_scale)
+        self.stops = self.saves = False  # as all processes agreed at the last step whose metrics were read
+        self._metrics, self._pending = MetricSums(), list[PendingMetrics]()
+        self._vocabulary = int(self.model.config.get_text_config().vocab_size)
 
-    def _own_optimizer(self, rate: float) -> tuple[Any, dict[str, Any]] | None:
-        """The optimizer's class and settings; None for transformers' choice."""
-        if self.is_split:
-            return fsdp.AdamW, {"lr": rate}
-        return self.graphs.optimizer(rate) if self.graphs else None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, and no graph outlives it."""
+    def run(self, resumed: Path | None = None) -> None:
+        """All steps, or those after the checkpoint `resumed`, until the last or a requested stop."""
+        gc.collect()
+        torch.cuda.empty_cache()  # what building the model left
+        torch.empty(
+            (), dtype=torch.int64
+        ).random_()  # torch's DataLoader drew a seed here: dropout's masks depend on it
+        if resumed:
+            self.step = self.state().restore(resumed)
+        self.model.train()
+        self.model.zero_grad()
+        self.reporter.begin(self.step)
         try:
-            return super().train(*args, **kwargs)
+            while self.step < self.spec.steps and not self._finish_step(self._train_step()):
+                pass
         finally:
             if self.graphs:
                 self.graphs.close()
 
-    def validate(self) -> dict[str, float]:
-        """Mean losses per label token on the validation rows, recorded and told; empty when there are none."""
-        with self.shown.during(self.state.global_step) if self.shown else contextlib.nullcontext():
-            values = validation_losses(self.plan, cast(PreTrainedModel, self.model))
-        if values:
-            self.history.add_validation(self.state.global_step, values)
-            self.plan.job.metrics(self.state.global_step, **{f"validation_{k}": v for k, v in values.items()})
-        return values
-
-    def _prepared(self, batch: Batch) -> Batch:
-        """What happens to a batch on the host, ahead of its time."""
-        return self.plan.enrich(batch) if self.plan.enrich else batch
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(Any, self.train_dataset))
-
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """A step's micro-batches, and how many labels they hold together."""
-        if self.plan.before_step:
-            self.plan.before_step(self.history, self.state.global_step)
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        self.rows = [row for batch in batches for row in batch["rows"]]
-        self.tokens = sum(batch["tokens"] for batch in batches)
-        self.labels = labels = sum(len(batch["labels"]) for batch in batches)
+    def _train_step(self) -> int:
+        """One optimizer step; the number of finished steps."""
+        if self.spec.before_step:
+            self.spec.before_step(self.history, self.step)
+        batches, normalizer = self._step_batches()
         if self.graphs:
-            self.graphs.begin()
-        if ranks.count() == 1:
-            self.all_labels: Tensor | int = labels
-        else:
-            self.all_labels = ranks.total(torch.full((), float(labels), device=device))
-        return batches, self.all_labels
+            self.graphs.begin_step()
+        if self.weight_swap:
+            self.weight_swap.swap_in(self.step)
+        for batch in batches:
+            self._forward_backward(batch, normalizer)
+        self._send_metrics(batches, self._reduce_and_clip(normalizer))
+        if self.weight_swap:
+            self.weight_swap.swap_out()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.model.zero_grad()
+        self.step += 1
+        return self.step
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """A micro-batch forward and backward, replayed where it can be; its gradient is then of the sum."""
-        if self.graphs is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        if not model.training:
-            model.train()
-        sums = self.graphs.run(inputs)
-        self._sums.add(sums, num_items_in_batch)
-        self.catch_up()  # the device is busy with this step: the last one's numbers cost no time now
-        return cast(Tensor, sums["loss"] / num_items_in_batch)
+    def _step_batches(self) -> tuple[list[Batch], Tensor | int]:
+        """A step's micro-batches on the device, and their normalizer summed over all processes."""
+        count = self.spec.accumulation_steps
+        batches = [self.batches[index] for index in range(self.step * count, (self.step + 1) * count)]
+        normalizer = sum(map(self.spec.objective.normalizer, batches))
+        batches = [to_device(batch, self.device) for batch in batches]
+        if ranks.world_size() == 1:
+            return batches, normalizer
+        return batches, ranks.sum_over_ranks(torch.full((), float(normalizer), device=self.device))
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The objective's sum over a micro-batch divided by the labels of the whole step."""
-        sums = loss_sums(self.plan, cast(PreTrainedModel, self.model), inputs)
-        self._sums.add(sums, num_items_in_batch)
-        return sums["loss"] / num_items_in_batch * self.loss_scale.factor
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: transformers' estimate walks over all parameters for every micro-batch."""
-        return 0
-
-    def _clip_grad_norm(self, model: Any) -> Tensor:
-        """Sums the gradients of all processes, undoes the loss's scale, clips; the norm before."""
-        most = self.plan.config.max_grad_norm
+    def _forward_backward(self, batch: Batch, normalizer: Tensor | int) -> None:
+        """Adds a micro-batch's gradient: of the mean loss times the loss scale, or of the sum in a CUDA graph."""
         if self.graphs:
-            return self.graphs.finish(self.all_labels, most)
-        named = list(cast(nn.Module, self.model).parameters())
-        sum_gradients(named)
-        undo = 1 / self.loss_scale.factor
-        if undo != 1:
-            scale_gradients(named, undo)
-        norm = gradient_norm(named)
-        if most:
-            scale_gradients(named, (most / (norm + 1e-6)).clamp(max=1.0))
-        return norm
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Takes the step's numbers off the device, and looks at them before the optimizer does.
-
-        With graphs the look comes during the next step, so that the device never waits for it; a step whose gradient
-        is not finite moves nothing all the same, since the optimizer is told so on the device.
-        """
-        norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        asked = [float(self.tokens), float(self.plan.job.stop_requested), float(self.reporter.wants_checkpoint())]
-        step, rate = self.state.global_step + 1, self._get_learning_rate()
-        self._coming = self._sums.send(asked, norm, step, self.rows, self.labels, rate)
-        if self.graphs is None:
-            self.catch_up()
-        else:
-            cast(Any, self._plain_optimizer()).found_inf = (~norm.isfinite()).float()
-        return norm
-
-    def catch_up(self) -> None:
-        """Looks at the numbers that were sent last: records and tells them, or raises Broke."""
-        coming, self._coming = self._coming, None
-        if coming is None:
+            self._metrics.add(self.graphs.run(batch).by_name(), normalizer)
+            self.read_metrics()  # the device is busy with this step: the last one's numbers cost no time now
             return
-        losses, (tokens, stop, save), grad_norm = coming.read()
-        self.must_stop, self.must_save = stop > 0, save > 0
-        step = {**losses, "grad_norm": grad_norm}
-        if self.loss_scale.overflowed(step["loss"], step["grad_norm"]):
-            cast(nn.Module, self.model).zero_grad()  # the optimizer has nothing to do
-            step["grad_norm"] = 0.0
-        problem = self.history.add({**step, "learning_rate": coming.rate}, self._vocabulary)
-        if problem:
-            raise Broke(self._where(problem.text, coming), coming.step - problem.steps)
-        self.reporter.told_step(coming.step, int(tokens), coming.labels, coming.rows)
+        sums = self.loss_sums(batch)
+        self._metrics.add(sums.by_name(), normalizer)
+        (sums.loss / normalizer * self.loss_scale.factor).backward()
 
-    def _where(self, problem: str, coming: Coming) -> str:
-        """The step's address, and what is worst in it."""
-        model, rows = cast(PreTrainedModel, self.model), coming.rows
+    def _reduce_and_clip(self, normalizer: Tensor | int) -> Tensor:
+        """Sums the gradients of all processes, undoes the loss scale, clips; the norm before clipping."""
+        max_norm = self.spec.config.max_grad_norm
+        if self.graphs:
+            return self.graphs.finish_step(normalizer, max_norm)
+        parameters = list(self.model.parameters())
+        reduce_gradients(parameters)
+        if self.loss_scale.factor != 1:
+            scale_gradients(parameters, 1 / self.loss_scale.factor)
+        norm = gradient_norm(parameters)
+        if max_norm:
+            scale_gradients(parameters, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
-        def loss_of(some: Sequence[int]) -> float:
-            batch = collate([(row, self.plan.examples[row]) for row in some])
-            sums = loss_sums(self.plan, model, to_device(batch, model.device))
-            return float(sums["loss"]) / max(1, len(batch["labels"]))
+    def _send_metrics(self, batches: list[Batch], norm: Tensor) -> None:
+        """Sends the step's numbers off the device, and reads them before the optimizer moves.
 
-        named = ", ".join(map(str, rows[:ROWS_NAMED])) + (" ..." if len(rows) > ROWS_NAMED else "")
-        at = f"step {coming.step}: {problem} at learning rate {coming.rate:g}, training rows {named}"
-        return f"{at}; {worst_gradients(model) if self.is_split else worst(model, rows, loss_of)}"
+        With graphs they are read during the next step; a step whose gradient is not finite moves nothing all the same,
+        since the optimizer is told so on the device.
+        """
+        rows = [row for batch in batches for row in batch["rows"]]
+        tokens, labels = sum(batch["tokens"] for batch in batches), sum(len(batch["labels"]) for batch in batches)
+        counters = [float(tokens), float(self.spec.job.stop_requested), float(self.reporter.checkpoint_is_due())]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
+        self._pending = [self._metrics.send(counters, norm, self.step + 1, rows, labels, learning_rate)]
+        if self.graphs is None:
+            self.read_metrics()
+        else:
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+
+    def read_metrics(self) -> None:
+        """Records and reports the step that was sent last, or raises DivergedStep."""
+        for pending in self._pending:
+            self._pending = []
+            losses, (tokens, stop, save), norm = pending.read()
+            self.stops, self.saves = stop > 0, save > 0
+            if self.loss_scale.overflowed(losses["loss"], norm):
+                self.model.zero_grad()  # the optimizer has nothing to do
+                norm = 0.0
+            values = {**losses, "grad_norm": norm, "learning_rate": pending.learning_rate}
+            problem = self.history.add(values, self._vocabulary)
+            if problem:
+                text = describe_divergence(problem.text, pending, self.model, self._mean_loss, self.spec.is_sharded)
+                raise DivergedStep(text, pending.step - problem.steps)
+            self.reporter.step_metrics(pending.step, int(tokens), pending.labels, pending.rows)
+
+    def _finish_step(self, step: int) -> bool:
+        """Validates and saves where due after a step; whether the run ends here."""
+        config, job = self.spec.config, self.spec.job
+        is_last = step == self.spec.steps
+        stops = self.stops if ranks.world_size() > 1 else job.stop_requested
+        validates = bool(config.validate_every_steps and step % config.validate_every_steps == 0 and not is_last)
+        by_step = bool(config.save_every_steps and step % config.save_every_steps == 0)
+        saves = is_last or stops or by_step or self.saves
+        if saves or validates:
+            self.read_metrics()
+            start = time.monotonic()
+            if validates:
+                self.validate()
+            self.reporter.leave_out(time.monotonic() - start)
+        if saves:
+            self.reporter.checkpoint_starts()
+            self.saves = False
+            self.save_checkpoint()
+        return stops
+
+    def validate(self) -> None:
+        """Records and reports mean losses on the validation rows, if there are any."""
+        with self.weight_swap.swapped_in(self.step) if self.weight_swap else contextlib.nullcontext():
+            losses = validation_losses(self.spec, self.model)
+        if losses:
+            self.history.add_validation(self.step, losses)
+            self.spec.job.metrics(self.step, **{f"validation_{name}": value for name, value in losses.items()})
+
+    def state(self) -> TrainingState:
+        """What checkpoints keep of this loop."""
+        return TrainingState(
+            self.spec, self.model, self.optimizer, self.scheduler, self.history, self.loss_scale, self.rate_scale
+        )
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of the finished steps."""
+        self.state().save(self.step)
+
+    def loss_sums(self, batch: Batch) -> LossSums:
+        """The objective of a micro-batch on the device."""
+        return self.spec.loss_sums(self.model, batch)
+
+    def _mean_loss(self, rows: Sequence[int]) -> float:
+        """The loss of some training rows under the present weights."""
+        batch = to_device(collate([(row, self.spec.examples[row]) for row in rows]), self.device)
+        return float(self.loss_sums(batch).loss) / max(1, self.spec.objective.normalizer(batch))

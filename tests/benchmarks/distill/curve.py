@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tasks.engine.data.chat_template import Example
-from tasks.engine.training.spec import validation_losses
+from tasks.engine.training.validation import validation_losses
 from tests.benchmarks.distill.ours import ours, states_of
 from tests.benchmarks.distill.peers import peer_steps
 from tests.benchmarks.distill.shapes import DEVICE, examples, fresh, model, sync
@@ -25,10 +25,10 @@ def curve(out: Path, directory: Path, steps: int = 16) -> None:
     states, _ = states_of([*rows, *held], directory)
     found: dict[str, list[tuple[float, float]]] = {}
     few: dict[str, Any] = dict(validation=held, loss_chunk_mib=512, learning_rate=RATE)
-    plan = ours(states, rows, 2, 32, 32, **few)["plan"]
+    spec = ours(states, rows, 2, 32, 32, **few)["spec"]
 
     def measured(student: Any) -> float:
-        return validation_losses(plan, student)["kd_loss"]
+        return validation_losses(spec, student)["kd_loss"]
 
     # Ours runs once whole for its clock, and once more with a look at the student after every second step.
     run = ours(states, rows, steps, 32, 32, **few)

@@ -4,16 +4,16 @@ import contextlib
 import copy
 
 import torch
-from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import Batch, to_device
-from tasks.engine.data.micro_batches import Feed
-from tasks.engine.losses import cross_entropy
+from tasks.engine.data.micro_batches import MicroBatchDataset
+from tasks.engine.losses.chunked import cross_entropy
+from tasks.engine.losses.loss_sums import LossSums
 from tasks.engine.models.lm_head import head_of, hidden_states
-from tasks.engine.speed.cuda_graphs import Graphs, most_labels
-from tasks.engine.speed.packing_support import make_packable
+from tasks.engine.speed.cuda_graphs import CudaGraphs, padded_label_counts
+from tasks.engine.speed.packing_support import enable_packing
 from tests.benchmarks.distill.shapes import DEVICE
 
 CASES = {  # hidden, ffn, layers, heads, of keys and values, head dimension, window, rows' tokens
@@ -23,12 +23,14 @@ CASES = {  # hidden, ffn, layers, heads, of keys and values, head dimension, win
 }
 
 
-def objective(model: Gemma3ForCausalLM, batch: Batch, half: bool = DEVICE == "cuda") -> dict[str, Tensor]:
+def objective(model: Gemma3ForCausalLM, batch: Batch, half: bool = DEVICE == "cuda") -> LossSums:
     """Cross-entropy, in bfloat16 where there is a GPU."""
     head = head_of(model)
     head = head._replace(weight=batch.get("head_weight", head.weight))
     with torch.autocast("cuda", torch.bfloat16) if half else contextlib.nullcontext():
-        return {"loss": cross_entropy(hidden_states(model, batch), head, batch["labels"], into=batch.get("head_grad"))}
+        return LossSums(
+            cross_entropy(hidden_states(model, batch), head, batch["labels"], head_grad=batch.get("head_grad"))
+        )
 
 
 def layers() -> None:
@@ -47,23 +49,25 @@ def layers() -> None:
             for key, parameter in model.named_parameters():
                 if "norm" in key:
                     parameter.normal_(0, 0.2)
-        make_packable(model, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+        enable_packing(model, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
         rows = []
         for n in lengths:
             ids = torch.randint(4, 8192, (n,)).tolist()
             rows.append(Example(ids, [-100] * (n // 2) + ids[n // 2 :]))
-        feed = Feed(rows, list(range(len(rows))), len(rows), len(rows), packed=True, shapes=1, multiple=128)
+        feed = MicroBatchDataset(
+            rows, list(range(len(rows))), len(rows), len(rows), packed=True, shapes=1, multiple=128
+        )
         batch = to_device(feed[0], model.device)
         exact, rough = copy.deepcopy(model), copy.deepcopy(model)
         if DEVICE == "cuda":
             exact.set_attn_implementation("packed_padded")
-        objective(exact, batch, half=False)["loss"].backward()
-        objective(rough, batch)["loss"].backward()
-        graphs = Graphs(model, objective, most_labels(feed))
-        assert graphs.stack is not None
+        objective(exact, batch, half=False).loss.backward()
+        objective(rough, batch).loss.backward()
+        graphs = CudaGraphs(model, objective, padded_label_counts(feed))
+        assert graphs.decoder is not None
         for _ in range(3 if DEVICE == "cuda" else 1):  # the first runs, the second captures, the third replays
-            graphs.begin()
-            graphs.run(batch) if DEVICE == "cuda" else graphs._work(batch)
+            graphs.begin_step()
+            graphs.run(batch) if DEVICE == "cuda" else graphs._forward_backward(batch)
         worst: dict[str, tuple[float, float]] = {}
         both = zip(exact.named_parameters(), graphs.grads, rough.parameters(), strict=True)
         for (key, want), ours, autograds in both:

@@ -13,35 +13,35 @@ import torch
 from tasks.core.job import Job
 from tasks.distill import DistillConfig
 from tasks.distill.run import WINDOW, objective
-from tasks.distill.teacher_cache.hidden_states import Kept, States
-from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows
-from tasks.distill.teacher_targets import Lessons
-from tasks.distill.teachers import Remembered
+from tasks.distill.teacher_cache.cache_files import CacheLayout, TeacherCache
+from tasks.distill.teacher_cache.teacher_pass import TeacherPass, cache_rows
+from tasks.distill.teacher_targets import TeacherTargets
+from tasks.distill.teachers import CachedTeacher
 from tasks.engine.data.chat_template import Example
-from tasks.engine.losses import Mix
+from tasks.engine.losses.loss_mix import LossMix
 from tasks.engine.training.loop import train
-from tasks.engine.training.spec import Plan
+from tasks.engine.training.spec import TrainingSpec
 from tests.benchmarks.distill.shapes import CE, DEVICE, KD, SHAPES, T, fresh, model, peak_gib, sync
 
 
-def states_of(rows: list[Example], directory: Path) -> tuple[States, float]:
+def states_of(rows: list[Example], directory: Path) -> tuple[TeacherCache, float]:
     """The teacher run once over the rows, and the seconds it took, from its loading on the device to the files."""
-    config = DistillConfig().states
+    config = DistillConfig().teacher_cache
     teacher = model("teacher", torch.bfloat16 if DEVICE == "cuda" else torch.float32).eval()
     dtype = str(teacher.dtype).removeprefix("torch.")
-    kept = Kept(SHAPES["teacher"][0], dtype)
+    kept = CacheLayout(SHAPES["teacher"][0], dtype)
     job = Job(directory / "job")
     sync()
     start = time.perf_counter()
-    found = remember_rows(Ask(lambda: teacher, "bench", kept, config), rows, None, directory / "states", job)
+    found = cache_rows(TeacherPass(lambda: teacher, "bench", kept, config), rows, None, directory / "states", job)
     return found, time.perf_counter() - start
 
 
 def ours(
-    states: States, rows: list[Example], steps: int, batch: int, micro: int, validation: list[Example] | None = None,
+    states: TeacherCache, rows: list[Example], steps: int, batch: int, micro: int, validation: list[Example] | None = None,
     student: Callable[[], Any] | None = None, layers: str = "ours", **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A run of the engine's trainer: ms a step by its event times, peak GiB, the plan and its model.
+    """A run of the engine's trainer: ms a step by its event times, peak GiB, the spec and its model.
 
     `layers` "transformers" keeps the model's own layers where ours would fit.
     """
@@ -50,17 +50,17 @@ def ours(
                     warmup_ratio=0, save_every_seconds=1e9, scheduler="constant", compile="off") | settings  # fmt: skip
     config = DistillConfig(**settings)
     everything = [*rows, *(validation or [])]
-    lessons = Lessons(rows, Remembered(states, everything, T))
+    targets = TeacherTargets(rows, CachedTeacher(states, everything, T))
     with tempfile.TemporaryDirectory() as work:
         job = Job(Path(work))
-        plan = Plan(
+        spec = TrainingSpec(
             build=student or (lambda: model("student", torch.float32)), examples=rows, validation=validation or [],
-            objective=objective(lessons, Mix(KD, CE, T), None, config.loss_chunk_mib << 20), config=config, job=job,
-            made_by="bench", enrich=lessons.taught.enrich, window=WINDOW,
+            objective=objective(targets, LossMix(KD, CE, T), None, config.loss_chunk_mib << 20), config=config, job=job,
+            fingerprint="bench", prepare_batch=targets.teacher.prepare_batch, window=WINDOW,
         )  # fmt: skip
         with no_checkpoints(), no_stack() if layers == "transformers" else contextlib.nullcontext():
             start = time.perf_counter()
-            trained, history = train(plan)
+            trained, history = train(spec)
             whole = time.perf_counter() - start
         peak = peak_gib()
         events = [json.loads(line) for line in (Path(work) / "events.jsonl").read_text().splitlines()]
@@ -69,7 +69,7 @@ def ours(
     told = times[skip:-1]  # the last step is told when the run has ended, after more than a step
     mean = (told[-1] - told[0]) / (len(told) - 1)
     gaps = sorted(b - a for a, b in zip(told, told[1:], strict=False))
-    return {"ms": mean * 1e3, "median": gaps[len(gaps) // 2] * 1e3, "peak": peak, "plan": plan, "model": trained,
+    return {"ms": mean * 1e3, "median": gaps[len(gaps) // 2] * 1e3, "peak": peak, "spec": spec, "model": trained,
             "times": times, "history": history, "first": times[skip] - times[0], "whole": whole}  # fmt: skip
 
 
@@ -88,6 +88,9 @@ def no_stack() -> Any:
     """The model's own layers."""
     from tasks.engine.speed import cuda_graphs
 
-    stack, cuda_graphs.Stack = cuda_graphs.Stack, type("Stack", (), {"of": staticmethod(lambda *_: None)})  # type: ignore[misc]
+    decoder, cuda_graphs.Gemma3Decoder = (
+        cuda_graphs.Gemma3Decoder,
+        type("None", (), {"of": staticmethod(lambda *_: None)}),
+    )  # type: ignore[misc]
     yield
-    cuda_graphs.Stack = stack  # type: ignore[misc]
+    cuda_graphs.Gemma3Decoder = decoder  # type: ignore[misc]

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.core import child
+from tasks.core import child_process
 from tasks.core.errors import BadConfig, GateFailed, Preempted, StageError
 from tasks.core.refs import ModelDir
-from tasks.engine.data.collator import encode_file
-from tasks.engine.models.load import load_tokenizer
+from tasks.engine.data.dataset import encode_file
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.training.acceleration import training_batches
 from tasks.engine.training.loop import train
-from tasks.engine.training.spec import feed, loss_sums
 from tasks.teacher import FineTuneConfig
 from tests.engine.distributed.two_processes import PRECISION, RUNS, SETTINGS
 from tests.engine.rows import example_dataset
-from tests.engine.training.test_loop import assert_equal, plan, sigterm, weights  # noqa: F401
+from tests.engine.training.test_loop import assert_equal, sigterm, training_spec, weights  # noqa: F401
 from tests.pico import pico_model
 
 CLOSE = dict(rtol=2e-3, atol=2e-5)  # sums over rows in another order
@@ -44,12 +44,14 @@ def ran(base, tmp_path_factory):
 
     before = signal.getsignal(signal.SIGTERM)
     for run, (_, method) in RUNS.items():
-        whole[run] = train(plan(base, rows, work / f"{run}-alone", method=method, **SETTINGS))
+        whole[run] = train(training_spec(base, rows, work / f"{run}-alone", method=method, **SETTINGS))
         with pytest.raises(Preempted):
-            train(plan(base, rows, work / f"{run}-one", method=method, at_micro_batch=stop, **SETTINGS))
+            train(training_spec(base, rows, work / f"{run}-one", method=method, at_micro_batch=stop, **SETTINGS))
     signal.signal(signal.SIGTERM, before)
     arguments = [str(base.base), str(dataset), str(work)]
-    child.run_command("tests.engine.distributed.two_processes", arguments, work / "two", print, 200, 300, warm=True)
+    child_process.run_command(
+        "tests.engine.distributed.two_processes", arguments, work / "two", print, 200, 300, warm=True
+    )
     return rows, work, whole
 
 
@@ -68,7 +70,7 @@ def test_two_processes_take_the_steps_of_one(ran, run, kind):
 def test_one_process_goes_on_from_the_checkpoint_of_two(ran, base, run):
     rows, work, whole = ran
     model, history = whole[run]
-    stopped = plan(base, rows, work / f"{run}-stopped", method=RUNS[run][1], **SETTINGS)
+    stopped = training_spec(base, rows, work / f"{run}-stopped", method=RUNS[run][1], **SETTINGS)
     assert sorted(path.name for path in stopped.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     resumed, later = train(stopped)
     assert later.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
@@ -82,11 +84,11 @@ def test_gradients_in_one_buffer_are_those_of_one_process(ran, base, run):
     norm, half = float(theirs.pop("norm")), PRECISION[run] == "bfloat16"
     assert norm == pytest.approx(whole[run][1].steps["grad_norm"][0], rel=1e-2 if half else 1e-3)
     settings = SETTINGS | {"precision": PRECISION[run]}
-    alone = plan(base, rows, work / f"{run}-alone-gradients", method=RUNS[run][1], **settings)
+    alone = training_spec(base, rows, work / f"{run}-alone-gradients", method=RUNS[run][1], **settings)
     model = alone.build()
-    batches = feed(alone, model)
+    batches = training_batches(alone, model)
     for batch in (batches[number] for number in range(4)):
-        loss_sums(alone, model, batch)["loss"].backward()
+        alone.loss_sums(model, batch).loss.backward()
     labels = sum(len(batches[number]["labels"]) for number in range(4))
     scale = 0.1 / norm / labels
     ours = {name: p.grad * scale for name, p in model.named_parameters() if p.requires_grad}
@@ -104,7 +106,9 @@ def test_the_command_in_two_processes_writes_one_output_and_one_goes_on_from_its
         arguments = [str(tmp_path / "config.json"), "--base", str(base.base), "--dataset", str(dataset)]
         arguments += ["--out", str(out), "--work", str(tmp_path / "work")]
         events.clear()
-        child.run_command("tasks.teacher.run", arguments, tmp_path / "work", events.append, 120, 240, processes=count)
+        child_process.run_command(
+            "tasks.teacher.run", arguments, tmp_path / "work", events.append, 120, 240, processes=count
+        )
         told = [event["values"] for event in events if event["event"] == "metrics"]
         return [values["loss"] for values in told if "loss" in values]
 
@@ -126,7 +130,7 @@ def test_more_processes_than_gpus_are_refused(base, tmp_path):
     arguments = [str(tmp_path / "config.json"), "--base", str(base.base), "--out", str(tmp_path / "out")]
     arguments += ["--dataset", str(example_dataset(tmp_path / "dataset")), "--work", str(tmp_path / "work")]
     with pytest.raises(BadConfig, match="set processes to the number of GPUs"):
-        child.run_command(
+        child_process.run_command(
             "tasks.teacher.run", arguments, tmp_path / "work", print, 120, 240, processes=config.processes
         )
 
@@ -139,4 +143,4 @@ def test_what_went_wrong_in_two_processes_is_told_as_it_is_of_one(tmp_path, act,
     (tmp_path / "config.json").write_text(json.dumps({"act": act}))
     arguments = [str(tmp_path / "config.json"), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     with pytest.raises(kind, match=message):
-        child.run_command("tests.core.probe", arguments, tmp_path / "work", print, 120, 240, processes=2)
+        child_process.run_command("tests.core.probe", arguments, tmp_path / "work", print, 120, 240, processes=2)

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 
 from tasks.core.errors import Preempted
 from tasks.core.refs import ModelDir
-from tasks.engine.data.collator import encode_file
+from tasks.engine.data.dataset import encode_file
+from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.distributed import fsdp, ranks
-from tasks.engine.models.load import load_tokenizer
-from tasks.engine.speed.cuda_graphs import Graphs
+from tasks.engine.speed.cuda_graphs import CudaGraphs
+from tasks.engine.training.acceleration import accelerate_layers, training_batches
 from tasks.engine.training.loop import train
-from tasks.engine.training.spec import feed, loss_sums, quicken
-from tests.engine.training.test_loop import plan, weights
+from tests.engine.training.test_loop import training_spec, weights
 
 # A row whose micro-batches differ in size: 6 rows a process in micro-batches of 3, of different lengths.
 SETTINGS = dict(dropout=0, batch_size=12, micro_batch_size=3, max_steps=4, scheduler="constant", validate_every_steps=2)
@@ -31,7 +31,7 @@ RUNS = {"ddp": ("ddp", "lora"), "fsdp2-full": ("fsdp2", "full"), "fsdp2-lora": (
 
 def main(base: ModelDir, dataset: Path, work: Path) -> None:
     """Whole runs, runs stopped by SIGTERM to process 0 alone, and the going on from one process's checkpoint."""
-    ranks.join()
+    ranks.init_processes()
     rows = encode_file(load_tokenizer(base), dataset / "train.jsonl", 256, print)
 
     def stop(call: int) -> None:
@@ -41,42 +41,42 @@ def main(base: ModelDir, dataset: Path, work: Path) -> None:
     def made(run: str, kind: str, at_micro_batch=None, **more):
         strategy, method = RUNS[run]
         where, settings = work / f"{run}-{kind}", SETTINGS | more
-        found = plan(base, rows, where, method=method, at_micro_batch=at_micro_batch, **settings)
+        found = training_spec(base, rows, where, method=method, at_micro_batch=at_micro_batch, **settings)
         found.strategy, found.validation = strategy, rows[:4]  # which one process does without, and must change nothing
         return found
 
-    unit = fsdp.UNIT
+    unit = fsdp.UNIT_BYTES
     for run in RUNS:
-        fsdp.UNIT = 1 if run == "fsdp2-full" else unit  # each layer by itself, and all together
-        _tell(work / f"{run}.json", *train(made(run, "whole")))
+        fsdp.UNIT_BYTES = 1 if run == "fsdp2-full" else unit  # each layer by itself, and all together
+        _write_run(work / f"{run}.json", *train(made(run, "whole")))
         try:
             train(made(run, "stopped", stop))
         except Preempted:
-            ranks.wait()
-        _tell(work / f"{run}-resumed.json", *train(made(run, "one")))
-        _tell_gradients(work / f"{run}-gradients.safetensors", made(run, "gradients", precision=PRECISION[run]))
-    ranks.leave()
+            ranks.barrier()
+        _write_run(work / f"{run}-resumed.json", *train(made(run, "one")))
+        _write_gradients(work / f"{run}-gradients.safetensors", made(run, "gradients", precision=PRECISION[run]))
+    ranks.end_processes()
 
 
-def _tell(path: Path, model, history) -> None:
+def _write_run(path: Path, model, history) -> None:
     if ranks.rank() == 0:
         path.write_text(json.dumps(history.steps))
         save_file(weights(model), path.with_suffix(".safetensors"))
 
 
-def _tell_gradients(path: Path, plan) -> None:
+def _write_gradients(path: Path, spec) -> None:
     """Those of the first step in one buffer, clipped to a norm of 0.1, as graphs hold them."""
-    model = plan.build()
-    batches = feed(plan, model)
-    quicken(plan, model, batches)
-    graphs = Graphs(model, lambda model, batch: loss_sums(plan, model, batch), {}, stack=False)
+    model = spec.build()
+    batches = training_batches(spec, model)
+    accelerate_layers(spec, model, batches)
+    graphs = CudaGraphs(model, spec.loss_sums, {}, use_gemma3_decoder=False)
     for _ in range(2):  # a step begins at 0 whatever the last one left
-        graphs.begin()
+        graphs.begin_step()
         for batch in (batches[0], batches[1]):
-            graphs._work(batch)
-    labels = ranks.total(torch.tensor(float(len(batches[0]["labels"]) + len(batches[1]["labels"]))))
-    norm = graphs.finish(labels, 0.1)
-    grads = {name: fsdp.whole(p.grad).contiguous() for name, p in model.named_parameters() if p.requires_grad}
+            graphs._forward_backward(batch)
+    labels = ranks.sum_over_ranks(torch.tensor(float(len(batches[0]["labels"]) + len(batches[1]["labels"]))))
+    norm = graphs.finish_step(labels, 0.1)
+    grads = {name: fsdp.full_tensor(p.grad).contiguous() for name, p in model.named_parameters() if p.requires_grad}
     if ranks.rank() == 0:
         save_file({"norm": norm, **grads}, path)
 

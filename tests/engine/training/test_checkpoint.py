@@ -11,7 +11,7 @@ from tasks.engine.training.optimizer_state import flatten, restore
 def root(tmp_path):
     for step in (2, 4, 6):
         tensors = {"model": {"w": torch.full((3,), float(step))}}
-        checkpoint.write(tmp_path, step, tensors, {"state": {"scale": 1.0}}, made_by="run")
+        checkpoint.write(tmp_path, step, tensors, {"state": {"scale": 1.0}}, fingerprint="run")
     return tmp_path
 
 
@@ -34,7 +34,7 @@ def test_a_flipped_byte_a_missing_manifest_and_another_run_s_are_passed_over(roo
     (root / "checkpoint-4" / "manifest.json").write_text('{"step"')
     assert checkpoint.newest(root, "run", warnings.append) is None
     assert "its writing did not end" in warnings[1]
-    checkpoint.write(root, 8, {}, {}, made_by="other settings")
+    checkpoint.write(root, 8, {}, {}, fingerprint="other settings")
     assert checkpoint.newest(root, "run", warnings.append) is None
     assert "another run made it" in warnings[2]
 
@@ -55,7 +55,7 @@ def test_an_optimizer_s_state_survives_safetensors_and_json(tmp_path):
         step(0, batch)
     models[1].load_state_dict(models[0].state_dict())
     tensors, rest = flatten(optimizers[0])
-    found = checkpoint.write(tmp_path, 2, {"optimizer": tensors}, {"state": rest}, made_by="run")
+    found = checkpoint.write(tmp_path, 2, {"optimizer": tensors}, {"state": rest}, fingerprint="run")
     tensors, rest = checkpoint.read(found, "optimizer"), checkpoint.read_state(found)
     restore(optimizers[1], tensors, rest)
     for batch in batches[2:]:

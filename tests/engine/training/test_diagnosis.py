@@ -7,7 +7,7 @@ import pytest
 from tasks.core.errors import Diverged
 from tasks.engine.training.history import EXPLODED, IN_A_ROW, WINDOW, History
 from tasks.engine.training.loop import train
-from tests.engine.training.test_loop import base, plan, rows, sigterm, weights  # noqa: F401
+from tests.engine.training.test_loop import base, rows, sigterm, training_spec, weights  # noqa: F401
 
 
 def told(work) -> list[str]:
@@ -19,7 +19,7 @@ def test_a_loss_of_0_with_a_nan_gradient_is_noticed_and_its_worst_layer_named(ba
     def broken(call, hidden, _):
         return (hidden * 0).sum().abs().sqrt() if call >= 9 else None  # value 0, gradient 0 * inf
 
-    bad = plan(base, rows, tmp_path, at_hidden=broken, rollbacks=1)
+    bad = training_spec(base, rows, tmp_path, at_hidden=broken, rollbacks=1)
     with pytest.raises(Diverged, match=r"step 5: loss is .* and the gradient's norm nan") as error:
         train(bad)
     said = str(error.value)
@@ -34,7 +34,7 @@ def test_the_row_that_breaks_the_step_is_named(base, rows, tmp_path):  # noqa: F
         return hidden.sum() * float("inf") if 7 in some else None
 
     with pytest.raises(Diverged, match=r"worst rows 7 \(loss (nan|inf|-inf)\)"):
-        train(plan(base, rows, tmp_path, at_hidden=broken, rollbacks=0))
+        train(training_spec(base, rows, tmp_path, at_hidden=broken, rollbacks=0))
 
 
 def test_gradients_that_explode_and_stay_so_go_back_to_before_they_did():
@@ -69,7 +69,9 @@ def test_a_run_whose_gradients_explode_is_taken_back_past_its_suspect_checkpoint
         first, last = 2 * (WINDOW + 4) + 1, 2 * (WINDOW + 4 + IN_A_ROW)  # two micro-batches a step
         return ((hidden - hidden.detach()) * 1e4).sum() if first <= call <= last else None  # value 0
 
-    exploding = plan(base, rows, tmp_path, at_hidden=amplified, max_steps=32, save_every_steps=2, learning_rate=1e-4)
+    exploding = training_spec(
+        base, rows, tmp_path, at_hidden=amplified, max_steps=32, save_every_steps=2, learning_rate=1e-4
+    )
     model, history = train(exploding)
     assert f"goes on from checkpoint-{WINDOW + 4} of 32 steps" in told(tmp_path)
     said = next(text for text in told(tmp_path) if "back to the last good" in text)

@@ -10,7 +10,7 @@ from torch import nn
 from tasks.engine.training import checkpoint
 from tasks.engine.training.loop import train
 from tasks.engine.training.optimizer_state import flatten, restore
-from tests.engine.training.test_loop import assert_equal, base, plan, rows, sigterm, weights  # noqa: F401
+from tests.engine.training.test_loop import assert_equal, base, rows, sigterm, training_spec, weights  # noqa: F401
 
 KINDS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -36,7 +36,7 @@ def step(model, optimizer, batch) -> None:
 
 def through_a_checkpoint(optimizer, into, directory) -> None:
     tensors, rest = flatten(optimizer)
-    found = checkpoint.write(directory, 2, {"optimizer": tensors}, {"state": rest}, made_by="run")
+    found = checkpoint.write(directory, 2, {"optimizer": tensors}, {"state": rest}, fingerprint="run")
     restore(into, checkpoint.read(found, "optimizer"), json.loads((found / "state.json").read_text()))
 
 
@@ -77,19 +77,19 @@ def test_moments_survive_the_change_of_optimizer(before, after, tmp_path):
 
 def test_a_run_falls_to_the_paged_8_bit_optimizer_and_goes_on(base, rows, tmp_path):  # noqa: F811
     settings = dict(dropout=0, micro_batch_size=1, gradient_checkpointing=True, rank=64, max_steps=8)
-    _, whole = train(plan(base, rows, tmp_path / "whole", **settings))
+    _, whole = train(training_spec(base, rows, tmp_path / "whole", **settings))
 
     def run_out(call: int) -> None:
         if call > 4 * 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    short = plan(base, rows, tmp_path / "short", at_micro_batch=run_out, **settings)
+    short = training_spec(base, rows, tmp_path / "short", at_micro_batch=run_out, **settings)
     with pytest.raises(torch.OutOfMemoryError):
         train(short)
-    lower = plan(base, rows, tmp_path / "short", rung=1, **settings)
+    lower = training_spec(base, rows, tmp_path / "short", level=1, **settings)
     assert lower.config.optimizer == "paged_adamw_8bit"
     model, history = train(lower)
     assert history.steps["loss"][:4] == whole.steps["loss"][:4]
     assert history.steps["loss"][-1] == pytest.approx(whole.steps["loss"][-1], rel=0.02)
-    again, _ = train(plan(base, rows, tmp_path / "short", rung=1, **settings))
+    again, _ = train(training_spec(base, rows, tmp_path / "short", level=1, **settings))
     assert_equal(weights(again), weights(model))
