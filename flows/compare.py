@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tasks.core.errors import BadConfig, BadData, StageError
-from tasks.core.metrics import paired_metrics
+from tasks.core.metrics import paired_metrics, primary_metric
 from tasks.core.metrics.measurements import COMPARED
 from tasks.core.mlflow_report import download_report
 from tasks.core.paired_comparison import Paired, compare, read_predictions, same_rows
@@ -41,8 +41,9 @@ def compare_runs(a: Path, b: Path) -> list[ModelComparison]:
     comparisons = []
     for name in names:
         pairs = same_rows(*(read_predictions(run / "predictions" / f"{name}.jsonl") for run in (a, b)))
-        paired = [comparison for check in paired_metrics() if (comparison := compare(pairs, check))]
         a_facts, b_facts = (summary["evaluations"][name] for summary in summaries)
+        checks = sorted(paired_metrics(), key=lambda check: check != primary_metric(a_facts))  # the main one first
+        paired = [comparison for check in checks if (comparison := compare(pairs, check))]
         facts = [
             (fact.title, a_facts[fact.name], b_facts[fact.name])
             for fact in COMPARED
