@@ -1,4 +1,4 @@
-"""Chat messages to token ids: what training teaches is, id for id, what generation will see.
+"""Chat messages as token ids: a training prompt is, id for id, the prompt of generation.
 
 prompt = prompt_ids(tokenizer, row.prompt)      # generation starts here
 example = encode(tokenizer, row)                # the same ids, the answer's and its end of turn
@@ -16,7 +16,7 @@ IGNORE = -100
 
 
 class Example(NamedTuple):
-    """A row as ids; `labels` is `input_ids` where an answer that is learnt is, -100 elsewhere (not shifted)."""
+    """A row as ids; `labels` are `input_ids` in the answers that are trained on, -100 elsewhere (not shifted)."""
 
     input_ids: list[int]
     labels: list[int]
@@ -41,20 +41,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, end: int | None = None)
     end = end_of_turn_id(tokenizer) if end is None else end
     messages = [message.model_dump() for message in row.messages]
     last = len(messages) - 1
-    whole = _text(tokenizer, messages, generation=False)
-    ids = _ids(tokenizer, [whole])[0]
+    conversation = _text(tokenizer, messages, generation=False)
+    ids = _ids(tokenizer, [conversation])[0]
     spans: list[tuple[int, int]] = []
-    for place in row.labels or [last]:
-        before, learnt = ids, spans[-1][1] if spans else 0
-        ids, start = _opened(tokenizer, whole, ids, _text(tokenizer, messages[:place], generation=True))
+    for index in row.labels or [last]:
+        earlier_ids, labelled = ids, spans[-1][1] if spans else 0
+        opening = _text(tokenizer, messages[:index], generation=True)
+        ids, start = _split_behind(tokenizer, conversation, ids, opening)
         stop = len(ids)
-        if ids[:learnt] != before[:learnt]:
+        if ids[:labelled] != earlier_ids[:labelled]:
             raise ValueError("two answers cannot both start as generation starts them; set learn_turns=last")
-        if place != last:
-            ids, stop = _opened(tokenizer, whole, ids, _text(tokenizer, messages[: place + 1], generation=False))
-        spans.append((start, _end_of_turn(ids, start, stop, end)))
+        if index != last:
+            closed = _text(tokenizer, messages[: index + 1], generation=False)
+            ids, stop = _split_behind(tokenizer, conversation, ids, closed)
+        spans.append((start, _turn_stop(ids, start, stop, end)))
     if row.labels is None or row.labels[-1] == last:
-        # What a template writes behind the end of turn is never generated; one that writes no end of turn gets it here.
+        # Text behind the end of turn is never generated; where the template writes no end of turn, it is added here.
         start, stop = spans[-1]
         ids = ids[:stop] if ids[stop - 1] == end else [*ids, end]
         spans[-1] = (start, len(ids))
@@ -70,48 +72,51 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> lis
     One token less for each answer whose first characters would merge with the opening before it.
     """
     end = end_of_turn_id(tokenizer)
-    texts = [_text(tokenizer, [one.model_dump() for one in row.messages], generation=False) for row in rows]
-    found = []
+    texts = [_text(tokenizer, [m.model_dump() for m in row.messages], generation=False) for row in rows]
+    counts = []
     for row, ids in zip(rows, _ids(tokenizer, texts), strict=True):
         if row.labels is not None and row.labels[-1] != len(row.messages) - 1:
-            found.append(len(ids))
+            counts.append(len(ids))
         else:
-            found.append(_end_of_turn(ids, 0, len(ids), end) if end in ids else len(ids) + 1)
-    return found
+            counts.append(_turn_stop(ids, 0, len(ids), end) if end in ids else len(ids) + 1)
+    return counts
 
 
-def _opened(tokenizer: PreTrainedTokenizerBase, whole: str, ids: list[int], opening: str) -> tuple[list[int], int]:
+def _split_behind(
+    tokenizer: PreTrainedTokenizerBase, conversation: str, ids: list[int], opening: str
+) -> tuple[list[int], int]:
     """The conversation's ids with a token border where `opening` ends, and that border.
 
     Text that follows may merge with the opening's last token (a line break with the answer's own); generation never
-    sees that, so then both parts are tokenized for themselves.
+    sees that, so then both parts are tokenized separately.
     """
     start = _ids(tokenizer, [opening])[0]
     if ids[: len(start)] == start:
         return ids, len(start)
-    if not whole.startswith(opening):
-        at = next(i for i, (a, b) in enumerate(zip(whole + "\0", opening + "\1", strict=False)) if a != b)
+    if not conversation.startswith(opening):
+        pairs = zip(conversation + "\0", opening + "\1", strict=False)
+        i = next(i for i, (a, b) in enumerate(pairs) if a != b)
         raise ValueError(
-            f"the chat template's prompt is not a prefix of the conversation: they part behind "
-            f"{opening[max(0, at - 40) : at]!r}, where generation has {opening[at : at + 20]!r}. Training would teach "
+            f"the chat template's prompt is not a prefix of the conversation: they differ behind "
+            f"{opening[max(0, i - 40) : i]!r}, where generation has {opening[i : i + 20]!r}. Training would teach "
             "what generation never sees; use a chat template that opens the assistant's turn exactly as a finished "
             "turn is written, or learn_turns=last for one that rewrites earlier turns"
         )
-    rest = tokenizer(whole[len(opening) :], add_special_tokens=False)["input_ids"]
-    return [*start, *rest], len(start)
+    answer = tokenizer(conversation[len(opening) :], add_special_tokens=False)["input_ids"]
+    return [*start, *answer], len(start)
 
 
-def _end_of_turn(ids: list[int], start: int, stop: int, end: int) -> int:
+def _turn_stop(ids: list[int], start: int, stop: int, end: int) -> int:
     """Where the turn in `ids[start:stop]` ends: behind its last end-of-turn token, or at `stop` without one."""
-    return next((at + 1 for at in range(stop - 1, start - 1, -1) if ids[at] == end), stop)
+    return next((i + 1 for i in range(stop - 1, start - 1, -1) if ids[i] == end), stop)
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends an assistant's turn: the first that the template writes after the answer, else EOS."""
-    mark = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    answer = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     text = cast(str, _apply(tokenizer, messages, tokenize=False))
-    ids = tokenizer(text.rpartition(mark)[2].strip(), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text.rpartition(answer)[2].strip(), add_special_tokens=False)["input_ids"]
     if ids:
         return int(ids[0])
     if tokenizer.eos_token_id is None:
@@ -121,14 +126,14 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_or_config: Any) -> list[int]:
     """Tokens at which generation stops: the model's own EOS ids, the tokenizer's, and the template's end of turn."""
-    found = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
+    ids = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
     for source in (getattr(model_or_config, "generation_config", None), getattr(model_or_config, "config", None)):
-        found.update(_listed(getattr(source, "eos_token_id", None)))
-    found.update(_listed(getattr(model_or_config, "eos_token_id", None)))
-    return sorted(int(cast(int, token)) for token in found if token is not None)
+        ids.update(_as_list(getattr(source, "eos_token_id", None)))
+    ids.update(_as_list(getattr(model_or_config, "eos_token_id", None)))
+    return sorted(int(cast(int, token)) for token in ids if token is not None)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -140,11 +145,11 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     """Ids of rendered conversations, each with exactly one BOS where the model or the template has one."""
     bos = tokenizer.bos_token_id
     added = bos is not None and bos in tokenizer("")["input_ids"]
-    found = []
+    encoded = []
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
         start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
-        found.append([bos] * (start > 0 or added) + ids[start:])
-    return found
+        encoded.append([bos] * (start > 0 or added) + ids[start:])
+    return encoded
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:

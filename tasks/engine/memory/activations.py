@@ -30,7 +30,7 @@ def activations(sizes: ModelSizes, work: Workload, half: int) -> tuple[float, fl
         working = max(working, work.tokens * altup_working)
     total: float = work.tokens * (sizes.layers * saved + stream)
     if work.recompute:
-        checkpointed = float((stream + _saved_beside_inputs(sizes, work, half)) * sizes.layers)
+        checkpointed = float((stream + _saved_despite_recompute(sizes, work, half)) * sizes.layers)
         if work.offloaded:
             checkpointed += (IN_TRANSIT - sizes.layers) * (stream + half * sizes.hidden)
         total = work.tokens * (checkpointed + stream + recomputed)
@@ -77,6 +77,6 @@ def _altup(sizes: ModelSizes, half: int) -> tuple[float, float]:
     return float(saved), 4.0 * (streams + 6 * hidden) + half * 3.0 * hidden
 
 
-def _saved_beside_inputs(sizes: ModelSizes, work: Workload, half: int) -> float:
+def _saved_despite_recompute(sizes: ModelSizes, work: Workload, half: int) -> float:
     """What compiled layers save although they recompute: attention's output and the MLP's, with its low ranks."""
     return float(half * (sizes.query + sizes.hidden + 3 * sizes.rank)) if work.compiled else 0.0

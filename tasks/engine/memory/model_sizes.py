@@ -83,7 +83,7 @@ def count_sizes(model_config: PretrainedConfig, config: TrainingConfig, method: 
     linear = [
         module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not family.keeps_16_bits(name)
+        if isinstance(module, nn.Linear) and module is not head and not family.is_never_4bit(name)
     ]
     trained = _all_weights(model, family) if method == "full" else _adapters(model, config, text.num_hidden_layers)
     ffn = text.intermediate_size

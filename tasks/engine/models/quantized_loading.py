@@ -29,7 +29,7 @@ def int8_options(family: Family) -> BitsAndBytesConfig:
 def check_quantized_modules(model: nn.Module, family: Family) -> None:
     """Raises BadConfig where a module that breaks in 4 bits was quantized all the same."""
     for name, module in model.named_modules():
-        if family.keeps_16_bits(name) and type(module).__name__ == "Linear4bit":
+        if family.is_never_4bit(name) and type(module).__name__ == "Linear4bit":
             raise BadConfig(f"{name} was quantized to 4 bits, which it does not survive: set method=lora")
 
 

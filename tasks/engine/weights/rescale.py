@@ -66,8 +66,8 @@ def rescaling_factors(names: Iterable[str], base: Path, k: float) -> dict[str, R
     kind, names = str(config.get("model_type")), list(names)
     writers = family_of(kind).residual_writers
     if not writers:
-        known = ", ".join(model_types("residual_writers"))
-        raise BadConfig(f"which tensors of {kind!r} write into the residual stream is not known, only of {known}")
+        supported = ", ".join(model_types("residual_writers"))
+        raise BadConfig(f"which tensors of {kind!r} write into the residual stream is not known, only of {supported}")
     tied = _is_tied(config, names)
     factors = {}
     for name in names:

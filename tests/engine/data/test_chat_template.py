@@ -40,12 +40,12 @@ def test_labels_are_the_answer_and_its_end_of_turn(tokenizer):
 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"])
-def test_bos_is_there_once_if_the_template_writes_it_at_all(tokenizer, start):
+def test_there_is_one_bos_whoever_adds_it(tokenizer, start):
     tokenizer.chat_template = start + CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
     assert encode(tokenizer, ROW).input_ids.count(tokenizer.bos_token_id) == (1 if start else 0)
 
 
-def test_generation_stops_at_the_end_of_turn_and_at_eos(tokenizer):
+def test_stop_tokens_are_end_of_turn_and_eos(tokenizer):
     assert stop_token_ids(tokenizer, None) == sorted([tokenizer.eos_token_id, end_of_turn_id(tokenizer)])
     assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == "<end_of_turn>"
 
@@ -59,11 +59,11 @@ def test_a_template_without_end_of_turn_gets_eos(tokenizer):
 
 def test_a_prompt_that_is_no_prefix_is_refused(tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE.replace("'<start_of_turn>model\n' }}{% endif", "'<think>' }}{% endif")
-    with pytest.raises(ValueError, match="not a prefix of the conversation: they part behind .*<end_of_turn>"):
+    with pytest.raises(ValueError, match="not a prefix of the conversation: they differ behind .*<end_of_turn>"):
         encode(tokenizer, ROW)
 
 
-def test_a_base_model_without_template_says_what_to_set(tokenizer, directory):
+def test_a_tokenizer_without_template_is_refused_with_the_remedy(tokenizer, directory):
     tokenizer.chat_template = None
     with pytest.raises(BadConfig, match="chat_template=gemma"):
         prompt_ids(tokenizer, ROW.prompt)
@@ -83,9 +83,9 @@ def gemma_3n() -> str:
     """Gemma 3's, but for how pictures and sounds are marked."""
     image = "{%- if item['type'] == 'image' -%}\n                {{ '<start_of_image>' }}"
     audio = "{%- if item['type'] == 'audio' -%}{{ '<audio_soft_token>' }}{%- elif item['type'] == 'image' -%}"
-    found = template("gemma3").replace(image, audio + "{{ '<image_soft_token>' }}")
-    assert "audio_soft_token" in found
-    return found
+    jinja = template("gemma3").replace(image, audio + "{{ '<image_soft_token>' }}")
+    assert "audio_soft_token" in jinja
+    return jinja
 
 
 def byte_level(name: str, special: list[str], bos: str | None, eos: str) -> PreTrainedTokenizerBase:
@@ -127,16 +127,16 @@ TALK = [
 LABELS = [(None, [4]), ([2, 4], [2, 4]), ([2], [2])]
 
 
-@pytest.mark.parametrize(("labels", "learnt"), LABELS)
-def test_labels_are_on_the_assistants_tokens_only(chat_tokenizer, labels, learnt):
+@pytest.mark.parametrize(("labels", "answers"), LABELS)
+def test_labels_are_on_the_assistants_tokens_only(chat_tokenizer, labels, answers):
     """Every label is an answer or its end of turn, and stands where generation of that answer would begin."""
     row = Row(messages=TALK, labels=labels)
     example = encode(chat_tokenizer, row)
     end = chat_tokenizer.convert_ids_to_tokens(end_of_turn_id(chat_tokenizer))
-    said = chat_tokenizer.decode(example.answer_ids, skip_special_tokens=False)
-    assert said == "".join(TALK[place].content + end for place in learnt)
-    for place in learnt:
-        prompt = prompt_ids(chat_tokenizer, [message.model_dump() for message in TALK[:place]])
+    text = chat_tokenizer.decode(example.answer_ids, skip_special_tokens=False)
+    assert text == "".join(TALK[index].content + end for index in answers)
+    for index in answers:
+        prompt = prompt_ids(chat_tokenizer, [message.model_dump() for message in TALK[:index]])
         assert example.input_ids[: len(prompt)] == prompt
         assert example.labels[len(prompt) - 1] == IGNORE and example.labels[len(prompt)] != IGNORE
     assert count_tokens(chat_tokenizer, [row, ROW]) == [
@@ -154,7 +154,7 @@ def test_bos_is_never_doubled(chat_tokenizer):
     assert generated == prompt_ids(chat_tokenizer, ROW.prompt) == ids[: len(generated)]
 
 
-def test_an_answer_that_starts_with_a_line_break_is_learnt_as_generation_meets_it():
+def test_an_answer_that_starts_with_a_line_break_is_tokenized_as_in_generation():
     """Qwen's opening ends in a line break, and two of them are one token: a whole text would hide the border."""
     tokenizer = byte_level("qwen2_5", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>")
     assert len(tokenizer("\n\n")["input_ids"]) == 1

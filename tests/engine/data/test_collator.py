@@ -35,14 +35,14 @@ def test_padded_rows_give_the_loss_and_gradients_of_the_model_itself_row_by_row(
     batch = collate(list(enumerate(rows)), multiple=8)
     assert batch["input_ids"].shape == (3, 48) and batch["tokens"] == 67
     hidden = hidden_states(model, batch)
-    ours = cross_entropy(hidden, head_of(model), batch["labels"], chunk_bytes=1)
-    got = gradients(model, ours)
-    one_by_one = sum(
+    batched = cross_entropy(hidden, head_of(model), batch["labels"], chunk_bytes=1)
+    got = gradients(model, batched)
+    single = sum(
         model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss * len(row.answer_ids)
         for row in rows
     )
-    torch.testing.assert_close(ours, one_by_one, rtol=1e-5, atol=1e-5)
-    for name, want in gradients(model, one_by_one).items():
+    torch.testing.assert_close(batched, single, rtol=1e-5, atol=1e-5)
+    for name, want in gradients(model, single).items():
         torch.testing.assert_close(got[name], want, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -60,7 +60,7 @@ def test_a_head_that_scales_its_logits_is_refused(model, monkeypatch):
         check_head(model)
 
 
-def test_every_row_comes_once_before_any_comes_twice():
+def test_every_row_comes_once_in_an_epoch():
     lengths = [i % 7 for i in range(50)]
     order = row_order(lengths, 8, 13, seed=3)
     assert len(order) == 104

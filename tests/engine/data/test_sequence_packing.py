@@ -83,7 +83,7 @@ def loss_and_gradients(model, batches):
 
 @pytest.mark.parametrize("shapes", [0, 1], ids=["as long as its rows", "static"])
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_rows_give_the_loss_and_gradients_of_rows_one_by_one(name, shapes):
+def test_packed_rows_give_the_loss_and_gradients_of_single_rows(name, shapes):
     model = tiny(name)
     rows = [example(length, i) for i, length in enumerate(LENGTHS)]
     want, want_gradients = loss_and_gradients(model, [collate([(i, row)]) for i, row in enumerate(rows)])
@@ -103,7 +103,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_rows_one_by_one(name, shapes
     torch.testing.assert_close(padded, want, rtol=1e-7, atol=0)
 
 
-def test_every_step_keeps_its_rows_and_every_micro_batch_has_a_static_shape():
+def test_steps_have_their_rows_and_micro_batches_static_shapes():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 200, (300,), generator=generator).tolist()
     order = row_order(lengths, 32, 20, seed=1)
@@ -121,7 +121,7 @@ def test_every_step_keeps_its_rows_and_every_micro_batch_has_a_static_shape():
     assert waste < 0.15
 
 
-def test_validation_rows_are_all_there_once():
+def test_first_fit_packs_every_row_once():
     lengths = [10, 60, 35, 20, 50, 5, 64]
     packing = pack_first_fit(lengths, 64)
     assert sorted(row for rows in packing.micro_batches for row in rows) == list(range(7))
@@ -129,7 +129,7 @@ def test_validation_rows_are_all_there_once():
     assert all(sum(lengths[row] for row in rows) <= 64 for rows in packing.micro_batches)
 
 
-def test_a_model_that_can_be_packed_is_and_one_that_cannot_keeps_its_attention():
+def test_packed_attention_is_enabled_where_it_is_exact():
     assert enable_packing(tiny("gemma3"), torch.float32) is None
     torch.manual_seed(0)
     capped = Gemma2ForCausalLM(Gemma2Config(**SMALL, num_hidden_layers=1, attn_logit_softcapping=50.0))
@@ -147,7 +147,7 @@ def test_a_model_that_can_be_packed_is_and_one_that_cannot_keeps_its_attention()
     assert "see each other" in enable_packing(recurrent, torch.float32)
 
 
-def test_what_packed_attention_does_not_know_is_refused():
+def test_unsupported_options_of_packed_attention_are_refused():
     model = tiny("llama")
     use_packed_attention(model, torch.float64)
     with pytest.raises(ValueError, match="takes no mask"):
@@ -160,7 +160,7 @@ def test_what_packed_attention_does_not_know_is_refused():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("window", [None, 64])
-def test_the_flash_kernel_gives_what_rows_one_by_one_give(window):
+def test_the_flash_kernel_equals_single_rows(window):
     torch.manual_seed(0)
     lengths = [5, 200, 64, 1, 130]
     query = torch.randn(1, 4, 400, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -173,11 +173,11 @@ def test_the_flash_kernel_gives_what_rows_one_by_one_give(window):
         out, _ = attend(torch.nn.Identity(), query, key, value, None, **where)
         gradients = torch.autograd.grad(out.float().square().sum(), (query, key, value))
         outcomes.append((out, *gradients))
-    for ours, want in zip(*outcomes, strict=True):
-        assert float((ours - want).float().norm() / want.float().norm()) < 1e-2
+    for got, want in zip(*outcomes, strict=True):
+        assert float((got - want).float().norm() / want.float().norm()) < 1e-2
 
 
-def test_steps_of_a_window_become_one_size_and_keep_their_rows():
+def test_balanced_steps_are_of_one_size_and_have_the_window_s_rows():
     generator = torch.Generator().manual_seed(0)
     lengths, answers = (
         torch.randint(20, 90, (96,), generator=generator),

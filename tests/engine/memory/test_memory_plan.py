@@ -80,13 +80,15 @@ def base(tmp_path_factory):
     return ModelDir(pico_model(tmp_path_factory.mktemp("base"), hidden=32))
 
 
-@pytest.mark.parametrize("size, method, rows, length, more, gib", [*MEASURED, *COMPILED])
-def test_predictions_are_within_a_tenth_of_what_a_gpu_took(size, method, rows, length, more, gib):
-    compiled = (size, method, rows, length, more, gib) in COMPILED
-    asked = {"rank": 32, "precision": "bfloat16", "compile": "on" if compiled else "off", "target_modules": ALL, **more}
-    config, tokens = TrainingConfig(**asked), rows * length
-    load = workload_of(config, method, tokens, tokens if compiled else tokens // 2)
-    assert predict(count_sizes(shape(size), config, method), load).peak == pytest.approx(gib, rel=0.1)
+@pytest.mark.parametrize("size, method, rows, length, settings, gib", [*MEASURED, *COMPILED])
+def test_predictions_are_within_a_tenth_of_measured_peaks(size, method, rows, length, settings, gib):
+    compiled = (size, method, rows, length, settings, gib) in COMPILED
+    compile = "on" if compiled else "off"
+    defaults = {"rank": 32, "precision": "bfloat16", "compile": compile, "target_modules": ALL}
+    config = TrainingConfig(**(defaults | settings))
+    tokens = rows * length
+    work = workload_of(config, method, tokens, tokens if compiled else tokens // 2)
+    assert predict(count_sizes(shape(size), config, method), work).peak == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.parametrize("method, gib", GEMMA_3N_E2B)
@@ -100,19 +102,19 @@ def test_four_streams_in_float32_are_counted(method, gib):
 def test_a_distillation_s_prediction_counts_the_teacher_s_head_and_states(rows, tokens, labels, mib, gib):
     config = TrainingConfig(precision="bfloat16", loss_chunk_mib=mib)
     extra = cached_teacher(torch.empty((262144, 1152), device="meta"), 1152)
-    load = workload_of(config, "full", tokens, labels)._replace(extra=extra.fixed, per_label=extra.per_label)
-    assert predict(count_sizes(shape("270M"), config, "full"), load).peak == pytest.approx(gib, rel=0.03)
+    work = workload_of(config, "full", tokens, labels)._replace(extra=extra.fixed, per_label=extra.per_label)
+    assert predict(count_sizes(shape("270M"), config, "full"), work).peak == pytest.approx(gib, rel=0.03)
 
 
-def test_a_teacher_in_memory_needs_its_weights_and_more_with_every_token(one_b):
-    half, packed = live_teacher(one_b, "auto"), live_teacher(one_b, "4bit")
-    assert half.fixed / GIB == pytest.approx(1.86, rel=0.01) and packed.fixed < 0.5 * half.fixed
+def test_a_live_teacher_needs_its_weights_and_memory_for_each_token(gemma_1b):
+    half, four_bit = live_teacher(gemma_1b, "auto"), live_teacher(gemma_1b, "4bit")
+    assert half.fixed / GIB == pytest.approx(1.86, rel=0.01) and four_bit.fixed < 0.5 * half.fixed
     config = TrainingConfig(precision="bfloat16", batch_size=32, micro_batch_size=8)
-    _, plan = fit_settings(config, "full", one_b, [1024] * 64, 0.5, 80.0, extra=half)
-    _, alone = fit_settings(config, "full", one_b, [1024] * 64, 0.5, 80.0)
-    more = plan.candidates[0].parts.peak - alone.candidates[0].parts.peak
-    assert more * GIB > half.fixed + 8 * 1024 * half.per_token
-    assert plan.chosen.parts.table()["extra"] > 0 and "extra" not in alone.chosen.parts.table()
+    _, plan = fit_settings(config, "full", gemma_1b, [1024] * 64, 0.5, 80.0, extra=half)
+    _, without_teacher = fit_settings(config, "full", gemma_1b, [1024] * 64, 0.5, 80.0)
+    difference = plan.candidates[0].parts.peak - without_teacher.candidates[0].parts.peak
+    assert difference * GIB > half.fixed + 8 * 1024 * half.per_token
+    assert plan.chosen.parts.table()["extra"] > 0 and "extra" not in without_teacher.chosen.parts.table()
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -121,24 +123,24 @@ def test_sizes_counted_without_weights_are_those_of_the_loaded_model(base, metho
     sizes = sizes_of(base, config, method)
     model = trainable_model(config, method, base, "cpu")
     counted = count_parameters(model)
-    assert sizes.trained == counted["trainable_parameters"]
-    adapters = sizes.trained if method != "full" else 0
+    assert sizes.trainable == counted["trainable_parameters"]
+    adapters = sizes.trainable if method != "full" else 0
     assert sizes.quantizable + sizes.unquantizable == counted["parameters"] - adapters
-    packed = sum(p.numel() * 2 for p in model.parameters() if type(p).__name__ == "Params4bit")
-    assert packed == (sizes.quantizable if method == "qlora" else 0)
+    four_bit = sum(p.numel() * 2 for p in model.parameters() if type(p).__name__ == "Params4bit")
+    assert four_bit == (sizes.quantizable if method == "qlora" else 0)
 
 
-def test_an_earlier_adapter_s_own_rank_and_modules_are_counted(base, tmp_path):
+def test_an_earlier_adapter_is_counted_with_its_rank_and_modules(base, tmp_path):
     from tasks.engine.models.save_trained import save_trained
 
     earlier = TrainingConfig(rank=2, target_modules=["q_proj"])
     save_trained(trainable_model(earlier, "lora", base, "cpu"), "lora", base, "model", tmp_path)
     config = TrainingConfig(rank=64)
     adapted = ModelDir(base.base, tmp_path)
-    assert sizes_of(adapted, config, "lora").trained == count_sizes(read_config(base.base), earlier, "lora").trained
+    assert sizes_of(adapted, config, "lora").trainable == count_sizes(read_config(base.base), earlier, "lora").trainable
 
 
-def test_nf4_takes_half_a_byte_and_its_scales():
+def test_an_nf4_element_is_half_a_byte_and_its_scales():
     config = TrainingConfig(precision="bfloat16")
     sizes = count_sizes(shape("1B"), config, "qlora")
     parts = predict(sizes, workload_of(config, "qlora", 1))
@@ -146,7 +148,7 @@ def test_nf4_takes_half_a_byte_and_its_scales():
     assert pytest.approx(0.5159, rel=1e-3) == NF4
 
 
-def test_the_largest_micro_batch_comes_from_the_rows_as_they_will_come():
+def test_the_largest_micro_batch_is_that_of_the_run_s_row_order():
     lengths = [10] * 30 + [100, 100]
     assert largest_micro_batch(lengths, 8, 8, 0) >= 100 and largest_micro_batch(lengths, 32, 32, 0) == sum(lengths)
     assert largest_micro_batch(lengths, 8, 1, 0) == 100
@@ -158,7 +160,7 @@ def choose(base, gib, **settings):
 
 
 @pytest.fixture(scope="module")
-def one_b(tmp_path_factory):
+def gemma_1b(tmp_path_factory):
     """The 1B's config without weights: the plan needs no more."""
     directory = tmp_path_factory.mktemp("1b")
     shape("1B").save_pretrained(directory)
@@ -166,21 +168,21 @@ def one_b(tmp_path_factory):
     return ModelDir(directory)
 
 
-def test_a_large_card_runs_as_asked_and_smaller_ones_give_up_speed_before_anything_else(one_b):
-    whole, _ = choose(one_b, 139.0)
-    assert (whole.micro_batch_size, whole.gradient_checkpointing, whole.optimizer) == (32, False, "adamw")
-    small, plan = choose(one_b, 24.0)
-    assert small.batch_size == 32 and small.rank == whole.rank and plan.chosen.parts.card <= 24
+def test_a_large_card_changes_no_setting_and_smaller_ones_trade_speed_first(gemma_1b):
+    large, _ = choose(gemma_1b, 139.0)
+    assert (large.micro_batch_size, large.gradient_checkpointing, large.optimizer) == (32, False, "adamw")
+    small, plan = choose(gemma_1b, 24.0)
+    assert small.batch_size == 32 and small.rank == large.rank and plan.chosen.parts.card <= 24
     assert small.micro_batch_size < 32 or small.gradient_checkpointing
-    tiny, _ = choose(one_b, 5.0)
-    assert tiny.gradient_checkpointing and tiny.max_length == whole.max_length
+    tiny, _ = choose(gemma_1b, 5.0)
+    assert tiny.gradient_checkpointing and tiny.max_length == large.max_length
     page = plan.markdown()
     assert "| **chosen** |" in page and "| no |" in page and page.count("\n") > len(plan.candidates)
 
 
-def test_what_fits_nowhere_is_refused_with_the_numbers(one_b):
+def test_a_run_that_fits_no_candidate_is_refused_with_the_numbers(gemma_1b):
     with pytest.raises(BadConfig, match=r"2.0 GiB .*micro-batch 1 \(1024 tokens\).*weights 1.9.*method=qlora"):
-        choose(one_b, 2.0, method="lora")
+        choose(gemma_1b, 2.0, method="lora")
 
 
 def test_the_command_refuses_before_it_loads_and_writes_the_plan_where_it_fits(base, tmp_path):
@@ -199,14 +201,14 @@ def test_the_command_refuses_before_it_loads_and_writes_the_plan_where_it_fits(b
     assert "memory plan: micro-batch 4" in (tmp_path / "work" / "events.jsonl").read_text()
 
 
-def test_published_setups_are_printed_beside_their_figures():
+def test_reported_setups_are_printed_with_predictions():
     rows = published()
     page = Path(__file__).parents[3] / "docs" / "training.md"
-    assert table(rows) in page.read_text(), "python -m tasks.engine.memory prints what stands in docs/training.md"
-    assert [row["setup"] for row in rows] == [setup.what for setup in REPORTED]
+    assert table(rows) in page.read_text(), "python -m tasks.engine.memory prints the table of docs/training.md"
+    assert [row["setup"] for row in rows] == [setup.title for setup in REPORTED]
     cards = {row["setup"]: float(row["card"]) for row in rows}
     trinity = [float(row["card"]) for row in rows[:5]]
-    assert trinity == sorted(trinity, reverse=True), "each of the seeds' fixes frees memory"
+    assert trinity == sorted(trinity, reverse=True), "each of the reported changes frees memory"
     assert float(rows[0]["peak"]) * 1.0737 == pytest.approx(15.6, rel=0.1), "the one figure to the digit, in GB"
     assert max(cards.values()) < 24, "the others ran on their cards"
     assert torch.get_default_device() == torch.device("cpu")

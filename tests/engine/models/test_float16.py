@@ -27,25 +27,25 @@ def base(tmp_path_factory):
     return ModelDir(plant(plain, tmp_path_factory.mktemp("planted"), K, untie=False))
 
 
-def test_plain_float16_overflows_and_ours_keeps_the_range(rows, tmp_path):  # noqa: F811
+def test_a_float32_residual_stream_does_not_overflow(rows, tmp_path):  # noqa: F811
     plain = pico_model(tmp_path / "plain", hidden=32)  # at 65536 what a norm puts out passes 65504 by itself
     base = ModelDir(plant(plain, tmp_path / "planted", 2.0**16, untie=False))
     batch = to_device(collate(list(enumerate(rows[:4]))), torch.device("cpu"))
     exact = load_model(base, "float32", "cpu")
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         plain = hidden_states(load_model(base, "float32", "cpu").to(torch.float16), batch)
-        ours = hidden_states(load_model(base, "float16", "cpu"), batch)
+        hidden = hidden_states(load_model(base, "float16", "cpu"), batch)
     with torch.no_grad():
         expected = hidden_states(exact, batch)
         unguarded = hidden_states(load_model(base, "float16", "cpu"), batch)  # without autocast, as the teacher runs
     assert not bool(plain.isfinite().all())
     scale = float(expected.abs().max())
-    assert float((ours - expected).abs().max()) < 1e-2 * scale
+    assert float((hidden - expected).abs().max()) < 1e-2 * scale
     assert float((unguarded.float() - expected).abs().max()) < 1e-2 * scale
 
 
 @pytest.mark.parametrize("method, dora", [("lora", True), ("qlora", False), ("full", False)])
-def test_training_in_float16_gives_float32_s_losses(base, rows, tmp_path, method, dora):  # noqa: F811
+def test_training_in_float16_gives_the_losses_of_float32(base, rows, tmp_path, method, dora):  # noqa: F811
     settings = dict(dropout=0, use_dora=dora, max_steps=6, learning_rate=1e-3)
     losses = {}
     for precision in ("float32", "float16"):
@@ -58,7 +58,7 @@ def test_training_in_float16_gives_float32_s_losses(base, rows, tmp_path, method
     assert losses["float16"][-1] < losses["float16"][0]
 
 
-def test_what_is_kept_in_which_type(base):
+def test_dtypes_of_the_parts(base):
     model = load_model(base, "float16", "cpu")
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     norms = {name for name in kinds if name.endswith("layernorm.weight") or name == "model.norm.weight"}
@@ -77,23 +77,23 @@ def test_gemma_3n_is_refused_with_the_way_out():
         keep_residual_in_float32(model)
 
 
-def test_the_scale_falls_at_an_overflow_and_rises_after_a_while():
+def test_the_loss_scale_falls_at_an_overflow_and_rises_later():
     scale = LossScale(used=True)
     assert scale.overflowed(2.0, float("inf")) and scale.factor == START / 2
     assert not scale.overflowed(float("nan"), float("nan")), "a loss that is not finite is no overflow"
     for _ in range(GROW_AFTER):
         assert not scale.overflowed(2.0, 1.0)
     assert scale.factor == START
-    again = LossScale(used=True)
-    again.restore(scale.state())
-    assert again.state() == scale.state()
+    restored = LossScale(used=True)
+    restored.restore(scale.state())
+    assert restored.state() == scale.state()
     while scale.factor >= 1:
         last = scale.overflowed(2.0, float("nan"))
     assert not last, "below 1 it is the model that diverged"
     assert not LossScale(used=False).overflowed(2.0, float("nan"))
 
 
-def test_an_overflowing_step_is_left_out_and_the_run_goes_on(base, rows, tmp_path):  # noqa: F811
+def test_an_overflowing_step_is_skipped(base, rows, tmp_path):  # noqa: F811
     def overflow(call, hidden, _):
         return (hidden.sum() * 0).abs().sqrt() if call == 3 else None  # step 2: value 0, gradient NaN
 

@@ -83,7 +83,7 @@ def test_chunks_are_the_rows(base: Path, tmp_path: Path) -> None:
             assert len(pieces) > 1
 
 
-def test_rounds_once_to_the_bases_dtype(tmp_path: Path) -> None:
+def test_merged_weights_are_rounded_to_the_base_s_dtype(tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base")  # bfloat16
     adapter = adapter_of(base, tmp_path / "adapter")
     exact = peft_merge(base, adapter)
@@ -93,7 +93,7 @@ def test_rounds_once_to_the_bases_dtype(tmp_path: Path) -> None:
         assert (tensor != exact[name].bfloat16()).float().mean() < 1e-3
 
 
-def test_writes_what_safetensors_reads(base: Path, tmp_path: Path) -> None:
+def test_a_written_file_is_read_by_safetensors(base: Path, tmp_path: Path) -> None:
     everything = list(effective_weights(ModelDir(base)))
     write_safetensors(tmp_path / "model.safetensors", everything, {"format": "pt"})
     written = load_file(tmp_path / "model.safetensors")
@@ -103,7 +103,7 @@ def test_writes_what_safetensors_reads(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.layers.7.self_attn.q_proj.lora_A.weight", "lm_head.lora_A.weight"])
-def test_names_the_tensor_that_matches_nothing(base: Path, tmp_path: Path, name: str) -> None:
+def test_an_unmatched_tensor_is_named(base: Path, tmp_path: Path, name: str) -> None:
     adapter = adapter_of(base, tmp_path / "adapter")
     tensors = load_file(adapter / "adapter_model.safetensors")
     save_file(tensors | {f"base_model.model.{name}": torch.ones(4, 64)}, adapter / "adapter_model.safetensors")
@@ -112,7 +112,7 @@ def test_names_the_tensor_that_matches_nothing(base: Path, tmp_path: Path, name:
 
 
 @pytest.mark.parametrize("option", [{"fan_in_fan_out": True}, {"peft_type": "IA3"}, {"init_lora_weights": "pissa"}])
-def test_refuses_what_it_cannot_merge(base: Path, tmp_path: Path, option: dict[str, object]) -> None:
+def test_unmergeable_adapters_are_refused(base: Path, tmp_path: Path, option: dict[str, object]) -> None:
     adapter = adapter_of(base, tmp_path / "adapter")
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | option))
@@ -129,15 +129,15 @@ def test_a_base_of_another_width_is_named(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_cut_file_is_corrupted(base: Path, tmp_path: Path) -> None:
-    whole = (base / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    complete = (base / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(complete[:-100])
     with pytest.raises(Corrupted, match="cut off"):
         stored_tensors(tmp_path)
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_four_bit_rows_are_bitsandbytes_own(kind: str, nested: bool, tmp_path: Path) -> None:
+def test_four_bit_rows_equal_bitsandbytes(kind: str, nested: bool, tmp_path: Path) -> None:
     """Blocks of 64 that begin and end within rows of 40; any rows, read alone."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -146,11 +146,11 @@ def test_four_bit_rows_are_bitsandbytes_own(kind: str, nested: bool, tmp_path: P
     packed, state = quantize_4bit(values.bfloat16(), quant_type=kind, compress_statistics=nested, blocksize=64)
     parts = {f"w.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
     save_file({"w": packed, "b": torch.zeros(3), **parts}, tmp_path / "model.safetensors")
-    found = combine_four_bit(stored_tensors(tmp_path))
-    assert list(found) == ["b", "w"]
-    assert (found["w"].shape, found["w"].dtype) == ((1000, 40), torch.bfloat16)
+    tensors = combine_four_bit(stored_tensors(tmp_path))
+    assert list(tensors) == ["b", "w"]
+    assert (tensors["w"].shape, tensors["w"].dtype) == ((1000, 40), torch.bfloat16)
     state.dtype = torch.float32
     expected = dequantize_4bit(packed, state)
-    assert torch.equal(found["w"].rows(), expected)
+    assert torch.equal(tensors["w"].rows(), expected)
     for start, stop in [(0, 1), (1, 4), (7, 8), (990, 1000), (3, 900)]:
-        assert torch.equal(found["w"].rows(start, stop), expected[start:stop])
+        assert torch.equal(tensors["w"].rows(start, stop), expected[start:stop])

@@ -33,7 +33,7 @@ IDS = torch.tensor([[2, *range(5, 40)]])
 
 
 @torch.no_grad()
-def made(config: PretrainedConfig, directory: Path) -> Path:
+def random_model(config: PretrainedConfig, directory: Path) -> Path:
     """A random model whose norms are not all alike."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -68,7 +68,7 @@ def run(directory: Path) -> tuple[torch.Tensor, list[float]]:
 def test_the_function_stays_and_the_stream_is_k_times_as_large(
     config: PretrainedConfig, k: float, tmp_path: Path
 ) -> None:
-    base, out = ModelDir(made(config, tmp_path / "base")), tmp_path / "out"
+    base, out = ModelDir(random_model(config, tmp_path / "base")), tmp_path / "out"
     write_model(rescaled_weights(effective_weights(base), base.base, k), base, out)
     (before, peaks), (after, scaled) = run(base.base), run(out)
     assert before.std() > 0.01
@@ -80,16 +80,16 @@ def test_norms_become_float32_since_a_small_gain_is_lost_in_bfloat16(tmp_path: P
     """Gemma stores gain - 1: at k = 1/1024 every gain lies nearer to 0 than bfloat16's step of 1/256 near -1."""
     base = ModelDir(pico_model(tmp_path / "base"))
     write_model(rescaled_weights(effective_weights(base), base.base, 2.0**-10), base, tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    norm = found["model.layers.0.post_attention_layernorm.weight"]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    norm = tensors["model.layers.0.post_attention_layernorm.weight"]
     assert norm.dtype == torch.float32 and torch.equal(norm + 1, torch.full((64,), 2.0**-10))
     assert (norm.bfloat16().double() + 1 == 0).all()
-    assert found["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16  # nothing changed there
+    assert tensors["model.layers.0.input_layernorm.weight"].dtype == torch.bfloat16  # nothing changed there
     embedding = dict(effective_tensors(base))["model.embed_tokens.weight"]
-    assert torch.equal(found["model.embed_tokens.weight"], embedding * 2.0**-10)
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding * 2.0**-10)
 
 
-def test_an_adapter_is_merged_on_the_way_and_rounded_once(tmp_path: Path) -> None:
+def test_an_adapter_is_merged_before_rescaling_and_rounded_at_the_end(tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base")
     model = ModelDir(base, adapter_of(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"]))
     scaled = {weight.name: weight.rows() for weight in rescaled_weights(effective_weights(model), base, 0.5)}
@@ -100,7 +100,7 @@ def test_an_adapter_is_merged_on_the_way_and_rounded_once(tmp_path: Path) -> Non
 
 
 def test_clipping_limits_each_norm_and_changes_the_function(tmp_path: Path) -> None:
-    base = ModelDir(made(Gemma3TextConfig(**SIZES), tmp_path / "base"))
+    base = ModelDir(random_model(Gemma3TextConfig(**SIZES), tmp_path / "base"))
     write_model(clipped_weights(effective_weights(base), base.base, 90.0), base, tmp_path / "out")
     before, after = dict(effective_tensors(base)), dict(effective_tensors(ModelDir(tmp_path / "out")))
     for name, tensor in before.items():
@@ -112,15 +112,15 @@ def test_clipping_limits_each_norm_and_changes_the_function(tmp_path: Path) -> N
     assert (run(base.base)[0] - run(tmp_path / "out")[0]).abs().max() > 1e-2 * run(base.base)[0].abs().max()
 
 
-def test_what_cannot_be_rescaled_is_named(tmp_path: Path) -> None:
+def test_unknown_families_and_factors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text"}))
-    with pytest.raises(BadConfig, match="residual stream of 'gemma3n_text' is not known"):
+    with pytest.raises(BadConfig, match="'gemma3n_text' write into the residual stream is not known"):
         rescaling_factors(["model.norm.weight"], tmp_path, 0.5)
     with pytest.raises(ValueError, match=r"k=0.3 is no power of two.*take 0\.25"):
         rescaling_factors(["model.norm.weight"], tmp_path, 0.3)
 
 
-def test_the_command_writes_a_whole_model(tmp_path: Path) -> None:
+def test_the_command_writes_a_model_directory(tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base")
     command = [sys.executable, "-m", "tasks.engine.weights.rescale", str(base), str(tmp_path / "out"), "--k", "0.25"]
     subprocess.run(command, check=True)

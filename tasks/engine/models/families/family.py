@@ -51,7 +51,7 @@ class Family:
     model_types: tuple[str, ...]
     """The `model_type`s of config.json, of whole models and of their text halves."""
 
-    norms_store_gain_minus_one: bool = False
+    norms_are_gain_minus_1: bool = False
     """Norms compute `x * (1 + w)` instead of `x * w`."""
 
     plain_norms: str = r"(vision|audio)_(tower|model)|\bvisual\."
@@ -128,13 +128,13 @@ class Family:
 
     def gain_offset(self, norm: str) -> float:
         """What is added to the stored weight of the norm named `norm` before it multiplies: 1 or 0."""
-        return float(self.norms_store_gain_minus_one and re.search(self.plain_norms, norm) is None)
+        return float(self.norms_are_gain_minus_1 and re.search(self.plain_norms, norm) is None)
 
     def is_tower(self, name: str) -> bool:
         """Whether a module or tensor belongs to vision or audio."""
         return any(tower in name for tower in self.towers)
 
-    def keeps_16_bits(self, name: str) -> bool:
+    def is_never_4bit(self, name: str) -> bool:
         """Whether a module must not be stored in 4 bits."""
         return any(part in name for part in (*self.never_4bit, *self.towers))
 
@@ -162,7 +162,8 @@ class Family:
         if period:
             expected = [(index + 1) % period == 0 for index in range(len(kinds))]
             if [kind == "full_attention" for kind in kinds] != expected:
-                sentences.append(f"layer_types, of which llama.cpp takes every {period}th as full_attention")
+                ordinal = {2: "2nd", 3: "3rd"}.get(period, f"{period}th")
+                sentences.append(f"layer_types, of which llama.cpp takes every {ordinal} as full_attention")
         return sentences
 
 

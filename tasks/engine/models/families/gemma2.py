@@ -6,7 +6,7 @@ from tasks.engine.models.families.gemma_turns import GEMMA_TURNS
 GEMMA2 = Family(
     name="Gemma 2",
     model_types=("gemma2",),
-    norms_store_gain_minus_one=True,
+    norms_are_gain_minus_1=True,
     residual_writers=SANDWICH_WRITERS,
     chat_template=GEMMA_TURNS,
     gguf_global_layer_period=2,

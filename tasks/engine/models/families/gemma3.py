@@ -6,7 +6,7 @@ from tasks.engine.models.families.gemma_turns import GEMMA_TURNS
 GEMMA3 = Family(
     name="Gemma 3",
     model_types=("gemma3", "gemma3_text"),
-    norms_store_gain_minus_one=True,
+    norms_are_gain_minus_1=True,
     residual_writers=SANDWICH_WRITERS,
     towers=("vision_tower", "multi_modal_projector"),
     chat_template=GEMMA_TURNS,

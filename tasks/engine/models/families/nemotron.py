@@ -2,4 +2,4 @@
 
 from tasks.engine.models.families.family import Family
 
-NEMOTRON = Family(name="Nemotron", model_types=("nemotron",), norms_store_gain_minus_one=True)
+NEMOTRON = Family(name="Nemotron", model_types=("nemotron",), norms_are_gain_minus_1=True)

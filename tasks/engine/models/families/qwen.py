@@ -6,6 +6,6 @@ QWEN = Family(name="Qwen", model_types=("qwen2", "qwen3"), residual_writers=PRE_
 QWEN3_NEXT = Family(
     name="Qwen3-Next",
     model_types=("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"),
-    norms_store_gain_minus_one=True,
+    norms_are_gain_minus_1=True,
     plain_norms=r"(vision|audio)_(tower|model)|\bvisual\.|linear_attn\.norm",
 )
