@@ -39,7 +39,7 @@ class NotFinite(Exception):
         self.index = index
 
 
-class _Columns(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__
+class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """A layer's keys and values [rows, heads, columns, head width], in buffers with room for the next columns."""
 
     keys: Tensor
@@ -81,13 +81,13 @@ class _Batch:
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self.mask = torch.tensor(mask, device=model.device)
         self.length = self.mask.sum(1, keepdim=True)
-        self.cache = Cache(layer_class_to_replicate=_Columns)
+        self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
         self.forward(model, ids, (self.mask.cumsum(1) - 1).clamp(min=0))
 
     @property
-    def layers(self) -> list[_Columns]:
+    def layers(self) -> list[_GrowingLayer]:
         """The cache's layers."""
-        return cast(list[_Columns], self.cache.layers)
+        return cast(list[_GrowingLayer], self.cache.layers)
 
     def forward(self, model: PreTrainedModel, ids: Tensor, positions: Tensor) -> None:
         """Runs the model on the newest columns and appends each row's next token."""

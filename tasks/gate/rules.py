@@ -64,19 +64,18 @@ def judge_rules(config: GateConfig, evaluations: Evaluations) -> list[Rule]:
 
 
 def rules_without_models(config: GateConfig, evaluations: Evaluations) -> list[str]:
-    """Rules that the config sets and no evaluation is subject to, each with what it would need."""
-    files = bool(gguf_names(evaluations))
-    needs = {
-        "student_points": (config.student_points is not None, {"student", "teacher"} <= evaluations.keys(),
-                           "evaluations of student and teacher"),
-        "gguf_points": (config.gguf_points is not None, "student" in evaluations and files,
-                        "evaluations of student and of a GGUF file"),
-        "gain_points": (config.gain_points is not None, {"student", "student-base"} <= evaluations.keys(),
-                        "evaluations of student and student-base"),
-        "floors": (bool(config.floors), bool(_deliverables(evaluations)),
-                   "an evaluation of student or of a GGUF file"),
-    }  # fmt: skip
-    return [f"{rule} needs {need}" for rule, (is_set, applies, need) in needs.items() if is_set and not applies]
+    """Rules that the config sets and no evaluation is subject to, each with what it needs."""
+    names, files = evaluations.keys(), gguf_names(evaluations)
+    sentences = []
+    if config.student_points is not None and not {"student", "teacher"} <= names:
+        sentences.append("student_points needs evaluations of student and teacher")
+    if config.gguf_points is not None and not ("student" in names and files):
+        sentences.append("gguf_points needs evaluations of student and of a GGUF file")
+    if config.gain_points is not None and not {"student", "student-base"} <= names:
+        sentences.append("gain_points needs evaluations of student and student-base")
+    if config.floors and not _deliverables(evaluations):
+        sentences.append("floors need an evaluation of student or of a GGUF file")
+    return sentences
 
 
 def pick_check(config: GateConfig, evaluations: Evaluations) -> str:
