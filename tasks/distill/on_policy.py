@@ -30,7 +30,7 @@ from tasks.engine.training.objective import Objective
 from tasks.engine.training.spec import TrainingSpec
 from tasks.engine.training.validation import validation_losses
 
-ROWS_AT_ONCE = 64  # prompts of a generation batch
+GENERATION_BATCH = 64  # prompts of a generation batch
 
 
 @dataclass
@@ -114,8 +114,8 @@ def sample_answers(
     model.train(False)
     end, answers = end_of_turn_id(tokenizer), list[Example]()
     longest = max(len(example.answer_ids) for example in examples)
-    for start in range(0, len(examples), ROWS_AT_ONCE):
-        prompts = [_prompt(example) for example in examples[start : start + ROWS_AT_ONCE]]
+    for start in range(0, len(examples), GENERATION_BATCH):
+        prompts = [_prompt(example) for example in examples[start : start + GENERATION_BATCH]]
         width = max(map(len, prompts))
         ids = torch.zeros((len(prompts), width), dtype=torch.long)
         mask = torch.zeros_like(ids)

@@ -5,8 +5,8 @@ python -m tasks.distill.run config.json --student DIR[+ADAPTER] --teacher BASE+A
 python -m tasks.core.launch 2 tasks.distill.run config.json ...   (on two GPUs: process 0 runs the teacher, all train)
 """
 
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ from tasks.distill.grid import GgufGrid, round_to_grid
 from tasks.distill.on_policy import OnPolicy
 from tasks.distill.teacher_targets import TeacherTargets, prepare_targets
 from tasks.distill.teachers import CachedTeacher
-from tasks.distill.vocabulary_trim import trim
+from tasks.distill.vocabulary_trim import TrimmedVocabulary, trim
 from tasks.engine.data.collator import Batch
 from tasks.engine.data.tokenizers import load_tokenizer, require_same_tokens
 from tasks.engine.distributed import ranks
@@ -72,24 +72,14 @@ def distil(
         )
     rows = targets.rows
     if trimmed is not None:
-        if targets.teacher.head is None or config.teacher_online:
-            raise BadConfig(
-                "a smaller vocabulary needs the teacher's hidden states: set teacher_online=false, and "
-                "states_budget_gib above their size"
-            )
+        restrict_teacher(targets, trimmed)
         student = trimmed.student
-        cast(CachedTeacher, targets.teacher).restrict(trimmed.head(targets.teacher.head))
         rows, validation = trimmed.examples(rows), trimmed.examples(validation)
     required = {}
     if config.teacher_online and config.teacher_precision == "8bit":
         required["cuda_graphs"] = ("off", "an 8-bit teacher's products wait for the device")
     extra = teacher_memory(config, teacher, targets.teacher.head)
-    config = resolve(config, config.method, student, rows, out, job, report, extra, required, keeps_model=True).config
-    chunk = config.loss_chunk_mib << 20
-
-    def objective_of(targets: TeacherTargets, mix: LossMix, balance: GradientBalance | None = None) -> Objective:
-        return objective(targets, mix, balance, chunk)
-
+    config = resolve(config, config.method, student, rows, out, job, report, extra, required, lossless_only=True).config
     mix = LossMix(
         config.kd_weight, config.ce_weight, config.temperature, config.divergence, config.divergence_parameters
     )
@@ -99,7 +89,7 @@ def distil(
         build=lambda: trainable_model(config, config.method, student, pick_device()),
         examples=rows,
         validation=validation,
-        objective=objective_of(targets, mix, balance),
+        objective=objective(targets, mix, balance, config.loss_chunk_mib << 20),
         config=config,
         job=job,
         fingerprint=run_fingerprint,
@@ -110,6 +100,7 @@ def distil(
     )
     model, history = train(spec)
     if config.on_policy_rounds:
+        objective_of = partial(objective, balance=None, chunk_bytes=config.loss_chunk_mib << 20)
         on_policy = OnPolicy(config, spec, teacher, tokenizer, mix, objective_of)
         model, report.details["on_policy"] = on_policy.rounds(model)
     dtype = None
@@ -122,6 +113,17 @@ def distil(
         )
     ranks.end_processes()
     return report
+
+
+def restrict_teacher(targets: TeacherTargets, trimmed: TrimmedVocabulary) -> None:
+    """Cuts the cached teacher's head to the student's pieces. Raises BadConfig for a top k or a live teacher."""
+    teacher = targets.teacher
+    if not isinstance(teacher, CachedTeacher) or teacher.head is None:
+        raise BadConfig(
+            "a smaller vocabulary needs the teacher's hidden states: set teacher_online=false, and "
+            "states_budget_gib above their size"
+        )
+    teacher.restrict(trimmed.head(teacher.head))
 
 
 def teacher_memory(config: DistillConfig, teacher: ModelDir, head: Head | None) -> ExtraMemory:

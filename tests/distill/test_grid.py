@@ -67,7 +67,7 @@ def test_the_file_holds_the_trained_weights_bit_for_bit(student, teacher, datase
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, 6)
     by_name = {names.get_name(name, try_suffixes=(".weight",)): name for name in trained}
-    before, seen = load_file(student.base / "model.safetensors"), set()
+    before, block_types = load_file(student.base / "model.safetensors"), set()
     for tensor in gguf.GGUFReader(file / "model.gguf").tensors:
         name = by_name.pop(tensor.name)
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -76,8 +76,8 @@ def test_the_file_holds_the_trained_weights_bit_for_bit(student, teacher, datase
         assert not torch.equal(trained[name], before[name].float())
         if trained[name].dim() == 2:
             assert tensor.tensor_type.name == report.details["grid"][name]
-            seen.add(tensor.tensor_type.name)
-    assert not by_name and seen == {kind, embedding}
+            block_types.add(tensor.tensor_type.name)
+    assert not by_name and block_types == {kind, embedding}
 
 
 def test_the_loss_sees_the_grid_late_and_the_optimizer_never(student):
@@ -96,10 +96,10 @@ def test_the_loss_sees_the_grid_late_and_the_optimizer_never(student):
     assert all(torch.equal(parameter, trained[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(teacher, dataset, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(teacher, dataset, tmp_path):
     """Checkpoints hold the trained weights, not the rounded ones that the loss sees."""
     student, settings = teacher, dict(grid="Q4_0", max_steps=8, save_every_steps=2)
-    whole, _ = run(student, teacher, dataset, tmp_path / "whole", **settings)
+    uninterrupted, _ = run(student, teacher, dataset, tmp_path / "uninterrupted", **settings)
 
     class Stopping(Job):
         def metrics(self, step, **values):
@@ -108,10 +108,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(teacher, dataset, tmp_path):
 
     with pytest.raises(Preempted):
         run(student, teacher, dataset, tmp_path / "stopped", Stopping(tmp_path / "stopped" / "work"), **settings)
-    again, _ = run(student, teacher, dataset, tmp_path / "stopped", **settings)
+    resumed, _ = run(student, teacher, dataset, tmp_path / "stopped", **settings)
     events = (tmp_path / "stopped" / "work" / "events.jsonl").read_text()
     assert "goes on from checkpoint-6" in events
-    models = [load_file(directory / "model.safetensors") for directory in (whole, again)]
+    models = [load_file(directory / "model.safetensors") for directory in (uninterrupted, resumed)]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 

@@ -19,7 +19,7 @@ class ProgressMarker:
 
     def __init__(self, directory: Path, work: dict[str, Any]) -> None:
         self.directory, self.path, self.work, self.rows = directory, directory / MARKER, work, 0
-        self.marked_at = time.monotonic()
+        self.last_mark = time.monotonic()
         if self.path.is_file() and (content := json.loads(self.path.read_text()))["work"] == work:
             self.rows = int(content["done"])
         else:
@@ -28,7 +28,7 @@ class ProgressMarker:
 
     def mark_periodically(self, rows: int) -> None:
         """Marks `rows` every few seconds."""
-        if time.monotonic() - self.marked_at > SECONDS_BETWEEN_MARKS:
+        if time.monotonic() - self.last_mark > SECONDS_BETWEEN_MARKS:
             self.mark(rows)
 
     def mark(self, rows: int) -> None:
@@ -37,4 +37,4 @@ class ProgressMarker:
         temporary = self.directory / "mark.tmp"
         temporary.write_text(json.dumps({"work": self.work, "done": rows}))
         temporary.replace(self.path)
-        self.marked_at = time.monotonic()
+        self.last_mark = time.monotonic()

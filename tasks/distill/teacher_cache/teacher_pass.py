@@ -101,8 +101,8 @@ def _run_teacher(
     if reason:
         job.log(reason, "warning")
     lengths = [len(rows[row].input_ids) for row in missing]
-    packing = pack_first_fit(lengths, max(1, teacher_pass.config.batch_tokens >> job.rung))
-    processed, reported_at = 0, 0.0
+    packing = pack_first_fit(lengths, max(1, teacher_pass.config.batch_tokens >> job.memory_level))
+    processed, last_report = 0, 0.0
     for positions in packing.micro_batches:
         indices = [missing[position] for position in positions]
         processed += len(indices)
@@ -118,9 +118,9 @@ def _run_teacher(
                 tensors[name][starts[row] : starts[row + 1]] = values[start:end]
             start = end
         marker.mark_periodically(processed)
-        if processed == len(missing) or time.monotonic() - reported_at > 0.5:
+        if processed == len(missing) or time.monotonic() - last_report > 0.5:
             job.progress(processed, len(missing), "rows through the teacher")
-            reported_at = time.monotonic()
+            last_report = time.monotonic()
 
 
 @torch.no_grad()

@@ -79,8 +79,8 @@ class LossMix:
     def weights(self, device: torch.device) -> Tensor:
         """(kd_weight, ce_weight) as float64 on `device`."""
         # Two fills and no copy from the host, which a CUDA graph could not capture.
-        both = (torch.full((), w, dtype=torch.float64, device=device) for w in (self.kd_weight, self.ce_weight))
-        return torch.stack(list(both))
+        weights = (torch.full((), w, dtype=torch.float64, device=device) for w in (self.kd_weight, self.ce_weight))
+        return torch.stack(list(weights))
 
 
 class Losses(NamedTuple):

@@ -35,8 +35,8 @@ def chunk_losses(
     kd_C = kd_norm_C = torch.zeros_like(ce_C)
     kd_grad = None
     if teacher is not None:
-        at_temperature = logq_CV if mix.temperature == 1 else torch.log_softmax(logits_CV / mix.temperature, -1)
-        kd_C, kd_grad = _divergence_and_gradient(at_temperature, teacher, mix)
+        tempered_logq_CV = logq_CV if mix.temperature == 1 else torch.log_softmax(logits_CV / mix.temperature, -1)
+        kd_C, kd_grad = _divergence_and_gradient(tempered_logq_CV, teacher, mix)
         kd_norm_C = torch.linalg.vector_norm(kd_grad, dim=-1)
     grad_CV = logq_CV.exp_() if teacher is None or mix.temperature != 1 else logq_CV.exp()
     grad_CV[rows_C, labels_C] -= 1
