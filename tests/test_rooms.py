@@ -15,7 +15,7 @@ import tasks.engine
 
 @pytest.fixture(scope="module")
 def imports():
-    """Module -> modules that it imports, of flows and tasks; what a package's `__init__` needs counts as the package."""
+    """Module -> modules that it imports, of flows and tasks."""
     graph = grimp.build_graph("flows", "tasks", cache_dir=None)
     return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
 

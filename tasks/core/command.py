@@ -67,7 +67,7 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
     out, work = Path(arguments.pop("out")), arguments.pop("work")
     work = Path(work) if work else out.with_name(out.name + ".work")
     rank = int(os.environ.get("RANK", "0"))  # among those that torchrun started
-    job = Job(work, rung=arguments.pop("rung"), bar=sys.stderr.isatty(), rank=rank)
+    job = Job(work, memory_level=arguments.pop("memory_level"), bar=sys.stderr.isatty(), rank=rank)
     if rank == 0:
         (work / "error.json").unlink(missing_ok=True)
     else:
@@ -110,7 +110,7 @@ def _parser(stage: Callable[..., Report], hints: dict[str, Any]) -> argparse.Arg
     parser.add_argument("config", help="the stage's config as JSON")
     parser.add_argument("--out", required=True, help="output directory, made anew; report.json is written last")
     parser.add_argument("--work", help="scratch directory, kept for resuming (default: OUT.work)")
-    parser.add_argument("--rung", type=int, default=0, help="out-of-memory retries so far")
+    parser.add_argument("--memory-level", type=int, default=0, help="out-of-memory retries so far")
     for name, parameter in inspect.signature(stage).parameters.items():
         if name in ("config", "out", "job"):
             continue

@@ -31,7 +31,7 @@ class GateFailed(StageError):
 
 
 class OutOfMemory(StageError):
-    """The device's memory ran out; the next try goes one rung down (see `Job.rung`)."""
+    """The device's memory ran out; the next try is one memory fallback level lower (see `Job.memory_level`)."""
 
     exit_code = 20
     retriable = True

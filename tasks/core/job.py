@@ -21,15 +21,14 @@ class Job:
     """Scratch directory, events and stop requests of a stage function.
 
     `work` outlives the process: it is named by the stage's cache key, so that a retry, a new run or a new machine finds
-    the checkpoints there. `rung` counts the out-of-memory retries so far: at rung k a stage divides its micro-batch by
-    2**k and multiplies accumulation, its effective batch unchanged, or, in training, follows
-    `tasks.core.memory_fallback`. Of several processes, those with `rank` above 0 write events to files that are not
+    the checkpoints there. `memory_level` counts the out-of-memory retries so far: at level k a stage divides its batch
+    by 2**k, and training follows `tasks.core.memory_fallback`. Of several processes, those with `rank` above 0 write events to files that are not
     forwarded.
     """
 
-    def __init__(self, work: Path, rung: int = 0, bar: bool = False, rank: int = 0) -> None:
+    def __init__(self, work: Path, memory_level: int = 0, bar: bool = False, rank: int = 0) -> None:
         self.work = work
-        self.rung = rung
+        self.memory_level = memory_level
         self.stop_requested = False
         self._deferred = False
         self._bar = bar and rank == 0
@@ -46,7 +45,7 @@ class Job:
         self._emit("metrics", step=step, values={name: float(value) for name, value in values.items()})
 
     def tags(self, **values: str) -> None:
-        """Reports facts about this try (rung, memory plan) as tags of the stage's MLflow run."""
+        """Reports facts about this try (memory fallback level, memory plan) as tags of the stage's MLflow run."""
         self._emit("tags", values=values)
 
     def progress(self, completed: float, total: float, unit: str, note: str = "") -> None:

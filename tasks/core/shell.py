@@ -26,14 +26,14 @@ from tasks.core.inputs import fetch_input, inputs_in_use
 from tasks.core.mlflow_record import record_cached, record_failed, record_inputs, record_output, system_metrics
 from tasks.core.mlflow_run import Run
 from tasks.core.progress import ProgressView
-from tasks.core.refs import AdapterRef, ModelDir, OutputRef, Ref
+from tasks.core.refs import AdapterRef, DatasetRef, GgufRef, ModelDir, ModelRef, Ref, ReportRef
 from tasks.core.settings import Settings
 from tasks.core.store import Store, open_store
 from tasks.core.tracking import tracker
 
 Input = Ref | Mapping[str, Ref] | None
-MAX_RUNGS = 16  # training's fallback ends before, with its own error; other stages only halve their batch
-R = TypeVar("R", bound=OutputRef)
+MAX_MEMORY_LEVEL = 16  # training's fallback ends before, with its own error; other stages only halve their batch
+R = TypeVar("R", DatasetRef, ModelRef, AdapterRef, GgufRef, ReportRef)
 _LABEL: ContextVar[str | None] = ContextVar("label", default=None)
 
 
@@ -104,11 +104,11 @@ def _run(
     stage: str, config: StageConfig, inputs: Mapping[str, Input], scratch: Path, run: Run, view: ProgressView,
     settings: Settings,
 ) -> None:  # fmt: skip
-    """Fetches the inputs and runs the command; after an out-of-memory error again at once, a rung lower."""
-    work, rung_file = scratch / "work", scratch / "rung"
+    """Fetches the inputs and runs the command; again at the next memory fallback level when it runs out of memory."""
+    work, level_file = scratch / "work", scratch / "memory_level"
     if work.exists():
-        rungs = rung_file.read_text() if rung_file.exists() else "0"
-        run.tags(**{f"attempt.{task_run.get_run_count() or 1}": f"continued, {rungs} rungs down"})
+        level = level_file.read_text() if level_file.exists() else "0"
+        run.tags(**{f"attempt.{task_run.get_run_count() or 1}": f"continued at memory fallback level {level}"})
     (scratch / "config.json").write_text(config.model_dump_json(indent=1))
     arguments = [str(scratch / "config.json"), *_input_options(inputs, settings, view)]
     arguments += ["--out", str(scratch / "out"), "--work", str(work)]
@@ -121,10 +121,10 @@ def _run(
                 run.tags(**event["values"])
             view.event(event)
 
-        def start(rungs: int) -> None:
+        def start(level: int) -> None:
             run_command(
                 f"tasks.{stage}.run",
-                [*arguments, "--rung", str(rungs)],
+                [*arguments, "--memory-level", str(level)],
                 work,
                 on_event,
                 settings.stall_seconds,
@@ -133,25 +133,25 @@ def _run(
                 getattr(config, "processes", 1),
             )
 
-        retry_out_of_memory(start, rung_file, run, get_run_logger().warning)
+        retry_out_of_memory(start, level_file, run, get_run_logger().warning)
 
 
-def retry_out_of_memory(start: Callable[[int], None], rung_file: Path, run: Run, warn: Callable[[str], None]) -> None:
-    """Calls `start(rungs)` until it does not run out of memory, one rung lower each time; `rung_file` keeps the count.
+def retry_out_of_memory(start: Callable[[int], None], level_file: Path, run: Run, warn: Callable[[str], None]) -> None:
+    """Calls `start(level)` until it does not run out of memory, one level higher each time; `level_file` keeps it.
 
-    What changes with a rung is the command's own business (tasks.core.memory_fallback), which raises its own error
+    What changes with a level is the command's own business (tasks.core.memory_fallback), which raises its own error
     below the last one.
     """
-    rungs = int(rung_file.read_text()) if rung_file.exists() else 0
+    level = int(level_file.read_text()) if level_file.exists() else 0
     while True:
         try:
-            return start(rungs)
+            return start(level)
         except OutOfMemory as error:
-            rungs += 1
-            rung_file.write_text(str(rungs))
-            run.tags(**{f"out_of_memory.{rungs}": str(error)[:500]})
-            warn(f"{str(error)[:500]}; again from its last checkpoint, {rungs} rungs down")
-            if rungs > MAX_RUNGS:
+            level += 1
+            level_file.write_text(str(level))
+            run.tags(**{f"out_of_memory.{level}": str(error)[:500]})
+            warn(f"{str(error)[:500]}; again from its last checkpoint, at memory fallback level {level}")
+            if level > MAX_MEMORY_LEVEL:
                 raise
 
 

@@ -95,14 +95,14 @@ class HfEngine:
 def hf_engine(
     model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, request: GenerationRequest, load_in: str, job: Job
 ) -> Iterator[HfEngine]:
-    """The model, loaded `original`, in `int8` or in `nf4`; each out-of-memory error (`Job.rung`) halves the slots."""
+    """The model, loaded `original`, in `int8` or in `nf4`; each out-of-memory error (`Job.memory_level`) halves the slots."""
     torch.set_num_threads(request.threads)
     if load_in == "int8":  # it logs the cast of every input
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     loaded = load_model(model_dir, four_bit=load_in == "nf4", eight_bit=load_in == "int8")
     if isinstance(loaded, PeftModel) and loaded.dtype == torch.float32 and load_in == "original":
         loaded = loaded.merge_and_unload()  # the same function in half the operations
-    yield HfEngine(unwrap(loaded), tokenizer, request, max(1, request.batch_size >> job.rung), job)
+    yield HfEngine(unwrap(loaded), tokenizer, request, max(1, request.batch_size >> job.memory_level), job)
 
 
 def _groups(texts: Sequence[Text]) -> Iterator[list[Text]]:

@@ -103,7 +103,7 @@ def llama_engine(gguf: Path, request: GenerationRequest, job: Job) -> Iterator[L
     """The file in a server, with a slot for every row that is answered at the same time."""
     if not gguf.is_file():
         raise BadData(f"{gguf} is not there: give the output directory of the gguf stage")
-    slots = max(1, min(request.batch_size >> job.rung, len(request.prompts)))
+    slots = max(1, min(request.batch_size >> job.memory_level, len(request.prompts)))
     context = max(map(len, request.prompts)) + request.max_new_tokens
     with llama_server(gguf, job.work / "llama.log", context, slots, request.threads) as server:
         yield LlamaEngine(gguf, server, request, slots, job)

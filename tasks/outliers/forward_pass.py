@@ -38,7 +38,7 @@ def observe_model(
 ) -> ModelActivations:
     """Runs one model over the rows, an adapter merged in memory; for the focus writes `imatrix.gguf`."""
     with_trials = config.measure == "all" or (focus and config.measure == "focus")
-    device = "cpu" if job.rung else None  # after an out-of-memory error
+    device = "cpu" if job.memory_level else None  # after an out-of-memory error
     loaded = load_text_model(model, "float32" if with_trials else "auto", device)
     if isinstance(loaded, PeftModel):
         loaded = loaded.merge_and_unload()

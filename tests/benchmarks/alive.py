@@ -1,6 +1,6 @@
 """What keeps a run alive, on a GPU: out of memory under a lid, float16 beyond 65504, divergence; and the loop's cost.
 
-    python -m tests.benchmarks.alive memory      # a lid of CAP_MIB on the card, and the rungs down from it
+    python -m tests.benchmarks.alive memory      # a lid of CAP_MIB on the card, and the memory fallback levels below it
     python -m tests.benchmarks.alive float16     # losses in float32, bfloat16, float16 and plain float16
     python -m tests.benchmarks.alive trainer     # a step of the training loop beside the same step in a bare loop
     python -m tests.benchmarks.alive nan         # a run whose 5th step breaks, again and again
@@ -45,7 +45,7 @@ from tests.rows import write_rows
 
 
 def memory(directory: Path, pico: bool) -> None:
-    """The command under a lid, a rung lower each time it runs out; losses beside those of a run without one."""
+    """The command under a lid, through the memory fallback levels; losses beside those of a run without a lid."""
     base = base_of("270M", directory, pico)
     pico_tokenizer(base.base)
     text = "Close audit 17 for the north hall, and report the pressure of line 4. " * (1 if pico else 12)
@@ -71,10 +71,10 @@ def memory(directory: Path, pico: bool) -> None:
 
         os.environ["CAP_MIB"] = cap
         print(f"{cap} MiB:", flush=True)
-        for rung in range(8):
+        for level in range(8):
             try:
                 child_process.run_command(
-                    "tests.engine.capped", [*arguments, "--rung", str(rung)], work, on_event, 300, 300
+                    "tests.engine.capped", [*arguments, "--memory-level", str(level)], work, on_event, 300, 300
                 )
                 break
             except OutOfMemory as error:

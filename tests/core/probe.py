@@ -66,7 +66,7 @@ def probe(
                 job.log("training")
                 wait_until(lambda: job.stop_requested)
                 (job.work / "checkpoint").write_text("saved")
-    facts = {"rung": job.rung, "data": str(data), "adapter": str(models and models["m"].adapter)}
+    facts = {"memory_level": job.memory_level, "data": str(data), "adapter": str(models and models["m"].adapter)}
     return Report(facts=facts, metrics={"loss": 0.5})
 
 

@@ -54,13 +54,13 @@ def pid_in(tmp_path: Path, word: str) -> int:
 
 
 def test_success_writes_report_last_and_forwards_events(tmp_path: Path) -> None:
-    events = run(tmp_path, "succeed", "--data", "d", "--models", "m=base+adapter", "--rung", "2")
+    events = run(tmp_path, "succeed", "--data", "d", "--models", "m=base+adapter", "--memory-level", "2")
     assert [event["event"] for event in events] == ["log", "progress", "metrics"]
     assert events[2]["values"] == {"loss": 0.5}
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["facts"] == {"rung": 2, "data": "d", "adapter": "adapter"}
+    assert report["facts"] == {"memory_level": 2, "data": "d", "adapter": "adapter"}
     assert report["stage"] == "probe"
-    assert (tmp_path / "work" / "log.txt").read_text().endswith("out; rung 2; data d; adapter adapter\n")
+    assert (tmp_path / "work" / "log.txt").read_text().endswith("out; memory_level 2; data d; adapter adapter\n")
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["config"] == {"act": "succeed"}
 
 

@@ -120,7 +120,7 @@ def test_memory_fallback_levels_are_tagged_and_one_that_makes_another_model_begi
         (tmp_path / "out").mkdir()
         before = len(events(tmp_path, "log")) if (tmp_path / "work").exists() else 0
         config = FineTuneConfig(**(SETTINGS | settings | {"allow_quality_loss": True} | more))
-        fine_tune(config, model, dataset, tmp_path / "out", Job(tmp_path / "work", rung=level))
+        fine_tune(config, model, dataset, tmp_path / "out", Job(tmp_path / "work", memory_level=level))
         return [event["message"] for event in events(tmp_path, "log")[before:]]
 
     third = "memory fallback level 3 after out-of-memory errors: recompute on; goes on from the last checkpoint"

@@ -1,4 +1,4 @@
-"""Out of memory for real: a lid on the process's memory, the rungs down from it, and MLflow's record of them."""
+"""Out of memory for real: a lid on the process's memory, memory fallback levels, and MLflow's record of them."""
 
 import json
 from pathlib import Path
@@ -44,12 +44,12 @@ def descended(base, tmp_path: Path, monkeypatch, cap: int, dataset: Path | None 
                 run.tags(**event["values"])
             events.append(event)
 
-        def start(rungs: int) -> None:
-            arguments_now = [*arguments, "--work", str(work), "--rung", str(rungs)]
+        def start(level: int) -> None:
+            arguments_now = [*arguments, "--work", str(work), "--memory-level", str(level)]
             child_process.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200, warm=True)
 
         try:
-            retry_out_of_memory(start, tmp_path / "rung", run, said.append)
+            retry_out_of_memory(start, tmp_path / "memory_level", run, said.append)
         finally:
             tags = MlflowClient(Settings().tracking_uri).get_run(run.run_id).data.tags
     return tags, events, said
@@ -58,7 +58,7 @@ def descended(base, tmp_path: Path, monkeypatch, cap: int, dataset: Path | None 
 def test_a_lid_on_memory_is_met_by_smaller_micro_batches_until_it_fits(base, tmp_path, monkeypatch):
     tags, events, said = descended(base, tmp_path, monkeypatch, cap=800)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    taken = int((tmp_path / "rung").read_text())
+    taken = int((tmp_path / "memory_level").read_text())
     assert taken >= 1 and report["details"]["batch"]["effective"] == 64
     assert report["details"]["batch"]["micro"] == 64 >> taken
     assert tags["memory_fallback.1"] == "micro-batch 64 -> 32, accumulated to 64 as before"

@@ -1,4 +1,4 @@
-"""Gradients of parameters that each process holds whole, or a part of (tasks.engine.distributed.fsdp)."""
+"""Sums, norm and scale of gradients over processes, of replicated and of sharded parameters."""
 
 from collections.abc import Iterable
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from tasks.engine.distributed.fsdp import is_sharded, local_tensor
 from tasks.engine.distributed.ranks import sum_over_ranks, world_size
 
-BUCKET_ELEMENTS = 1 << 26  # elements summed at once: 256 MiB in float32
+BUCKET_ELEMENTS = 1 << 26  # elements of an all-reduce: 256 MiB in float32
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums the gradients of whole parameters over all processes; split ones' backward has summed."""
+    """Sums the gradients of replicated parameters over all processes; sharded ones are summed in the backward."""
     if world_size() == 1:
         return
     grads = [p.grad for p in parameters if p.grad is not None and not is_sharded(p.grad)]
@@ -31,17 +31,17 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients together, whole and split ones."""
+    """Norm of all gradients together, of replicated and sharded parameters."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    whole = [grad for grad in grads if not is_sharded(grad)]
-    parts = [local_tensor(grad) for grad in grads if is_sharded(grad)]
-    norm = torch.nn.utils.get_total_norm(whole) if whole else torch.zeros((), device=grads[0].device)
-    return norm_with_shards(norm, torch.nn.utils.get_total_norm(parts)) if parts else norm
+    replicated = [grad for grad in grads if not is_sharded(grad)]
+    shards = [local_tensor(grad) for grad in grads if is_sharded(grad)]
+    norm = torch.nn.utils.get_total_norm(replicated) if replicated else torch.zeros((), device=grads[0].device)
+    return norm_with_shards(norm, torch.nn.utils.get_total_norm(shards)) if shards else norm
 
 
-def norm_with_shards(whole: Tensor, part: Tensor) -> Tensor:
-    """The norm of what all processes hold together: of norm `whole` in each of them, and `part` in this one alone."""
-    return (whole.square() + sum_over_ranks(part.square())).sqrt()
+def norm_with_shards(replicated: Tensor, shards: Tensor) -> Tensor:
+    """Norm over all processes, from the norm of what is replicated and the norm of this process's shards."""
+    return (replicated.square() + sum_over_ranks(shards.square())).sqrt()
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:

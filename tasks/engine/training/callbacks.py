@@ -41,26 +41,26 @@ class Reporter:
 
     def step_metrics(self, step: int, tokens: int, labels: int, rows: list[int]) -> None:
         """Sends a step's numbers, which have just been added to the history."""
-        now = time.monotonic()
+        clock_time = time.monotonic()
         self.tokens += tokens
         values = {name: series[-1] for name, series in self.history.steps.items()}
         lengths = [len(self.spec.examples[row].input_ids) for row in rows]
-        speed = self.meter.step(now - self.step_start, tokens, labels, lengths, ranks.world_size())
+        speed = self.meter.step(clock_time - self.step_start, tokens, labels, lengths, ranks.world_size())
         if self.loss_scale.used:
             speed["loss_scale"] = self.loss_scale.factor
         self.spec.job.metrics(step, **values, **speed)
-        self.step_start = now
-        if step == self.spec.steps or now - self.last_progress >= SECONDS_BETWEEN_EVENTS:
-            self._progress(step, now, values["loss"], speed)
+        self.step_start = clock_time
+        if step == self.spec.steps or clock_time - self.last_progress >= SECONDS_BETWEEN_EVENTS:
+            self._progress(step, clock_time, values["loss"], speed)
 
-    def _progress(self, step: int, now: float, loss: float, speed: dict[str, float]) -> None:
-        remaining = (self.spec.steps - step) * (now - self.run_start) / (step - self.first_step)
-        notes = [f"loss {loss:.4f}", f"{self.tokens / max(now - self.last_progress, 1e-9):,.0f} tokens/s"]
+    def _progress(self, step: int, clock_time: float, loss: float, speed: dict[str, float]) -> None:
+        remaining = (self.spec.steps - step) * (clock_time - self.run_start) / (step - self.first_step)
+        notes = [f"loss {loss:.4f}", f"{self.tokens / max(clock_time - self.last_progress, 1e-9):,.0f} tokens/s"]
         notes.append(f"peak {speed['peak_gib']:.1f} GiB")
         notes += [f"MFU {speed['mfu']:.0%}"] if "mfu" in speed else []
         notes.append(f"{clock(remaining)} left")
         self.spec.job.progress(step, self.spec.steps, "steps", ", ".join(notes))
-        self.last_progress, self.tokens = now, 0
+        self.last_progress, self.tokens = clock_time, 0
 
 
 def clock(seconds: float) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
-CHECKPOINTS_KEPT = 2
+MAX_CHECKPOINTS = 2
 
 
 def write(
@@ -41,7 +41,7 @@ def write(
         json.dump({"step": step, "made_by": fingerprint, "files": files}, file)
         file.flush()
         os.fsync(file.fileno())
-    for superseded in _by_step(root)[CHECKPOINTS_KEPT:]:
+    for superseded in _by_step(root)[MAX_CHECKPOINTS:]:
         shutil.rmtree(superseded)
     return directory
 

@@ -17,7 +17,7 @@ from tasks.engine.distributed.fsdp import local_tensor
 from tasks.engine.models.lm_head import unwrap
 from tasks.engine.training.async_metrics import PendingMetrics
 
-WORST_SHOWN, ROWS_SHOWN, ROWS_TRIED = 3, 32, 64
+WORST_COUNT, MAX_ROWS_LISTED, MAX_ROW_LOSSES = 3, 32, 64
 MeanLoss = Callable[[Sequence[int]], float]
 
 
@@ -36,7 +36,7 @@ def describe_divergence(
 
     `mean_loss` gives the loss of some rows under the present weights; of a sharded model the gradients alone are named.
     """
-    rows = ", ".join(map(str, step.rows[:ROWS_SHOWN])) + (" ..." if len(step.rows) > ROWS_SHOWN else "")
+    rows = ", ".join(map(str, step.rows[:MAX_ROWS_LISTED])) + (" ..." if len(step.rows) > MAX_ROWS_LISTED else "")
     details = largest_gradients(model) if is_sharded else worst_rows_and_layers(model, step.rows, mean_loss)
     return f"step {step.step}: {problem} at learning rate {step.learning_rate:g}, training rows {rows}; {details}"
 
@@ -47,8 +47,8 @@ def worst_rows_and_layers(model: PreTrainedModel, rows: Sequence[int], mean_loss
     was_training = model.training
     model.train(False)
     with torch.no_grad():
-        losses = [(mean_loss([row]), row) for row in rows[:ROWS_TRIED]]
-        by_loss = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:WORST_SHOWN]
+        losses = [(mean_loss([row]), row) for row in rows[:MAX_ROW_LOSSES]]
+        by_loss = sorted(losses, key=lambda pair: (math.isfinite(pair[0]), -pair[0]))[:WORST_COUNT]
         with _OutputMaxima(model) as maxima:
             mean_loss([by_loss[0][1]])
     model.train(was_training)
@@ -63,7 +63,7 @@ def largest_gradients(model: nn.Module) -> str:
         if parameter.grad is not None:
             layer = layer_of(name)
             squares[layer] = squares.get(layer, 0.0) + float(local_tensor(parameter.grad).float().square().sum())
-    ordered = sorted(squares.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))[:WORST_SHOWN]
+    ordered = sorted(squares.items(), key=lambda item: (math.isfinite(item[1]), -item[1]))[:WORST_COUNT]
     return "largest gradients in " + ", ".join(f"{name} ({math.sqrt(value):.3g})" for name, value in ordered)
 
 

@@ -68,12 +68,12 @@ def resolve(
     report: Report,
     extra_memory: ExtraMemory = NO_EXTRA,
     required: dict[str, tuple[Any, str]] | None = None,
-    keeps_model: bool = False,
+    lossless_only: bool = False,
 ) -> Resolved[C]:
     """The settings that the run uses: precision, what an earlier adapter decides, memory plan, memory fallback level.
 
     `rows` are the training rows that the memory plan measures, `extra_memory` what lies on the device beside the
-    trained model, `required` settings that the stage itself fixes, with reasons. `keeps_model` refuses the levels that
+    trained model, `required` settings that the stage itself fixes, with reasons. `lossless_only` refuses levels that
     change rows or model. Raises BadConfig when nothing fits.
     """
     resolved = Resolved(config)
@@ -84,8 +84,8 @@ def resolve(
     if memory_plan:
         report.details["memory_plan"] = memory_plan.summary()
         resolved.update(planned, f"memory plan for {memory_plan.gib:.1f} GiB, see report/memory_plan.md")
-    if job.rung:
-        if keeps_model:
+    if job.memory_level:
+        if lossless_only:
             lossless = resolved.config.model_copy(update={"allow_quality_loss": False})
             resolved.update(lossless, "this stage keeps rows and model as they are")
         _descend(resolved, method, base, job)
@@ -102,7 +102,7 @@ def _descend(resolved: Resolved[C], method: Method, base: ModelDir, job: Job) ->
 
     Raises BadConfig below the last level, and for one that changes only what an earlier adapter decides.
     """
-    config, level = resolved.config, job.rung
+    config, level = resolved.config, job.memory_level
     config_at_level(config, level)
     levels = list(fallback_levels(config))[:level]
     for number, (text, settings) in enumerate(levels, start=1):

@@ -81,8 +81,8 @@ def attention_pairs(lengths: list[int], model: PreTrainedModel) -> float:
     local: float = sum(kind == "sliding_attention" for kind in kinds) / len(kinds)
 
     def pairs_within(length: int, window: float) -> float:
-        seen = min(float(length), window)
-        return seen * seen / 2 + (length - seen) * seen
+        keys = min(float(length), window)
+        return keys * keys / 2 + (length - keys) * keys
 
     return sum(
         local * pairs_within(length, window) + (1 - local) * pairs_within(length, math.inf) for length in lengths

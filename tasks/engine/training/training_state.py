@@ -71,8 +71,10 @@ class TrainingState:
         rank, seeds = ranks.rank(), state["random"]
         if rank < len(seeds):  # a process that was not there before keeps its own seed
             tensors, prefix = checkpoint.read(directory, "random"), f"{rank}/"
-            own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            checkpoint.restore_random_state(own, seeds[rank])
+            generators = {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
+            checkpoint.restore_random_state(generators, seeds[rank])
         return step
 
 

@@ -70,7 +70,7 @@ def test_every_row_comes_once_in_an_epoch():
     assert first == sorted(first)
 
 
-def test_out_of_memory_rungs_keep_the_effective_batch():
-    assert [micro_batch(32, max(1, 8 >> rung)) for rung in range(5)] == [8, 4, 2, 1, 1]
+def test_memory_fallback_levels_keep_the_effective_batch():
+    assert [micro_batch(32, max(1, 8 >> level)) for level in range(5)] == [8, 4, 2, 1, 1]
     assert micro_batch(30, 8) == 6
     assert micro_batch(4, 64) == 4

@@ -72,7 +72,7 @@ def training_spec(
         return LossSums(cross_entropy(hidden, head_of(model), batch["labels"]) + (0.0 if extra is None else extra))
 
     config = config_at_level(TrainingConfig(**(SETTINGS | settings)), level)
-    job = Job(work, rung=level)
+    job = Job(work, memory_level=level)
     job.catch_sigterm()
     objective = Objective(loss_sums)
     return TrainingSpec(
@@ -145,7 +145,7 @@ def test_a_smaller_micro_batch_gives_the_same_steps(base, rows, tmp_path):
     assert other.steps["grad_norm"][0] == pytest.approx(history.steps["grad_norm"][0], rel=1e-4)
 
 
-def test_a_rung_lower_goes_on_from_the_larger_micro_batch_s_checkpoint(base, rows, tmp_path):
+def test_the_next_memory_fallback_level_goes_on_from_the_larger_micro_batch_s_checkpoint(base, rows, tmp_path):
     settings = dict(micro_batch_size=8, dropout=0)
     _, history = train(training_spec(base, rows, tmp_path / "large", **settings))
 

@@ -22,11 +22,11 @@ def base(tmp_path):
 ROWS = [Example(list(range(20)), [-100] * 10 + list(range(10)))] * 16
 
 
-def resolved(base, tmp_path, level=0, method="full", required=None, keeps_model=False, **settings):
+def resolved(base, tmp_path, level=0, method="full", required=None, lossless_only=False, **settings):
     """The resolution, the report that it fills, and the log."""
-    report, job = Report(), Job(tmp_path / "work", rung=level)
+    report, job = Report(), Job(tmp_path / "work", memory_level=level)
     config = TrainingConfig(batch_size=8, micro_batch_size=4, **settings)
-    made = resolve(config, method, base, ROWS, tmp_path, job, report, required=required, keeps_model=keeps_model)
+    made = resolve(config, method, base, ROWS, tmp_path, job, report, required=required, lossless_only=lossless_only)
     events = map(json.loads, (tmp_path / "work" / "events.jsonl").read_text().splitlines())
     return made, report, [event["message"] for event in events if event["event"] == "log"]
 
@@ -56,4 +56,4 @@ def test_levels_that_change_the_model_are_refused_where_the_stage_keeps_it(base,
     made, _, _ = resolved(base, tmp_path, level=5, **lossy)
     assert made.config.max_length == 32
     with pytest.raises(BadConfig, match="last of 4 memory fallback levels"):
-        resolved(base, tmp_path, level=5, keeps_model=True, **lossy)
+        resolved(base, tmp_path, level=5, lossless_only=True, **lossy)
