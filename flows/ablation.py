@@ -2,8 +2,8 @@
 
 python -m flows.ablation deployments/presets/ablation.yaml
 
-rows ── ingest ── teacher ──┬── remember ── KD ────────────────────────┐
-                            └── clip norms ── remember ── KD clipped ──┤
+rows ── ingest ── teacher ──┬── cache ───── KD ────────────────────────┐
+                            └── clip norms ── cache ───── KD clipped ──┤
 student base ───────────────┬── SFT ───────────────────────────────────┼── evaluate, also as NF4 ── pairs ── report
                             └── SFT NF4 ───────────────────────────────┘
 """
@@ -26,7 +26,8 @@ from flows.stages import Stages
 from flows.start import start
 from tasks.core.import_inputs import import_files, import_model
 from tasks.core.inputs import fetch_input
-from tasks.core.paired_comparison import Prediction, read_predictions, compare_slices
+from tasks.core.metrics import primary_metric
+from tasks.core.paired_comparison import Prediction, compare_slices, read_predictions
 from tasks.core.refs import AnyModel, DatasetRef, ReportRef
 from tasks.distill import DistillConfig
 from tasks.distill.task import distil
@@ -151,8 +152,10 @@ def _distilled(
     run: Stages, name: str, config: AblationConfig, student: AnyModel, teacher: AnyModel, dataset: DatasetRef
 ) -> AnyModel:
     settings = config.student
-    states = None if settings.teacher_online else run(f"states for {name}", cache_teacher, settings.states, teacher, dataset)
-    return run(name, distil, settings, student, teacher, dataset, states)
+    cache = None
+    if not settings.teacher_online:
+        cache = run(f"teacher-cache for {name}", cache_teacher, settings.teacher_cache, teacher, dataset)
+    return run(name, distil, settings, student, teacher, dataset, cache)
 
 
 def missing_for_nf4() -> dict[str, str]:
@@ -172,7 +175,7 @@ def compared(run: Stages, scores: dict[str, ReportRef], out_of_scope: str) -> li
     for about, (a, b) in PAIRS.items():
         if a not in scores or b not in scores:
             continue
-        check = "exact_match" if "json_valid" in scores[a].facts else "token_f1"
+        check = primary_metric(scores[a].facts)
         for one in compare_slices(predictions(scores[a]), predictions(scores[b]), check, out_of_scope):
             if one.slice in SLICES:
                 found.append({"about": about, "from": a, "to": b, **one._asdict()})

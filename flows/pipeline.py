@@ -4,7 +4,7 @@ python -m flows.pipeline deployments/presets/quickstart.yaml
 
 train, test ── ingest ──┬────────────┬──────────┬────────────┬────────────────┬─────────────┐
                         │            │          │            │                │             │
-teacher base ── fine-tune ── remember ── distil ┼── find outliers ──┐         │             │
+teacher base ── fine-tune ── cache ───── distil ┼── find outliers ──┐         │             │
                                             student ── merge ───────┴── GGUF (one a kind) ──┤
 student base ───────────────────────────────┴── fine-tune (direct)                      evaluate ── gate ── report
 """
@@ -53,10 +53,12 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         dataset = run("ingest", ingest, config.ingest, files, student_base)
         show_profile(dataset)
         teacher = run("teacher", fine_tune, config.teacher, teacher_base, dataset)
-        states = (
-            None if config.student.teacher_online else run("states", cache_teacher, config.student.states, teacher, dataset)
+        teacher_cache = (
+            None
+            if config.student.teacher_online
+            else run("teacher-cache", cache_teacher, config.student.teacher_cache, teacher, dataset)
         )
-        student = run("student", distil, config.student, student_base, teacher, dataset, states, frequent)
+        student = run("student", distil, config.student, student_base, teacher, dataset, teacher_cache, frequent)
         direct = (
             run("direct", fine_tune, config.direct_config, student_base, dataset, "direct") if config.direct else None
         )

@@ -142,4 +142,4 @@ def test_an_ablation_compares_four_students_pair_by_pair(ran: Ran, prefect_serve
     assert "What each step changes" in page and all(f"<h3>{arm}</h3>" in page for arm in ARMS)  # their losses
     client = MlflowClient(ran.mlflow)
     runs = client.search_runs([one.experiment_id for one in client.search_experiments()], max_results=1000)
-    assert {*ARMS, "states for KD", "states for KD clipped"} <= {one.info.run_name for one in runs}
+    assert {*ARMS, "teacher-cache for KD", "teacher-cache for KD clipped"} <= {one.info.run_name for one in runs}

@@ -10,7 +10,7 @@ def job(directory: Path, epochs: int = 2) -> None:
     """1 892 rows: the teacher once, then two epochs of 32 rows a step on its states."""
     rows = examples(1892, False)
     states, seconds = states_of(rows, directory)
-    gib = states.starts[-1] * states.kept.bytes_per_label / 2**30
+    gib = states.starts[-1] * states.layout.bytes_per_label / 2**30
     print(
         f"| the teacher's pass over 1892 rows, {states.starts[-1]} labels, to disk ({gib:.2f} GiB) | {seconds:.2f} s |",
         flush=True,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tasks.engine.data.chat_template import Example
-from tasks.engine.losses import Head, Mix, distillation
+from tasks.engine.losses.chunked import distillation
+from tasks.engine.losses.loss_mix import Head, LossMix
 from tests.benchmarks.distill.ours import ours, states_of
 from tests.benchmarks.distill.shapes import CE, DEVICE, KD, SHAPES, SIZES, T, fresh, peak_gib, say, sync
 
@@ -59,18 +60,20 @@ def loss_alone(labels: int = 5760) -> None:
     student, teacher = Head(randn(pieces, hidden, scale=0.06)), Head(randn(pieces, width, scale=0.05))
     x, states = randn(labels, hidden), randn(labels, width)
     y = torch.randint(0, pieces, (labels,), generator=g, device=DEVICE)
-    mix, into = Mix(KD, CE, T), torch.zeros(pieces, hidden, device=DEVICE)
+    mix, into = LossMix(KD, CE, T), torch.zeros(pieces, hidden, device=DEVICE)
     parts = mix.weights(x.device)
     x.requires_grad_()
     for mib in (256, 512, 1024, 1280, 1792, 4096):
         fresh()
-        run = functools.partial(distillation, x, student, y, states, teacher, mix, mib << 20, into=into, parts=parts)
+        run = functools.partial(
+            distillation, x, student, y, states, teacher, mix, mib << 20, head_grad=into, part_weights=parts
+        )
         ms = timed(lambda run=run: run().loss.backward())  # type: ignore[misc]
         print(f"| loss, chunk {mib} MiB | {ms:.2f} ms | peak {peak_gib()[0]:.2f} GiB", flush=True)
     n = 64
     into.zero_()
     x.grad = None
-    got = distillation(x[:n], student, y[:n], states[:n], teacher, mix, into=into)
+    got = distillation(x[:n], student, y[:n], states[:n], teacher, mix, head_grad=into)
     got.loss.backward()
     exact = x[:n].detach().double().requires_grad_(), student.weight.double().requires_grad_()
     want = distillation(exact[0], Head(exact[1]), y[:n], states[:n].double(), Head(teacher.weight.double()), mix)

@@ -9,10 +9,11 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
 from tasks.distill import DistillConfig
-from tasks.distill.teacher_cache.hidden_states import Kept
-from tasks.distill.teacher_cache.teacher_pass import Ask, remember_rows
+from tasks.distill.teacher_cache.cache_files import CacheLayout
+from tasks.distill.teacher_cache.teacher_pass import TeacherPass, cache_rows
 from tasks.engine.data.chat_template import encode
-from tasks.engine.models.load import load_model, load_tokenizer
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.load import load_model
 from tests.benchmarks.distill.ours import ours
 from tests.benchmarks.distill.peers import peer_steps
 
@@ -31,9 +32,11 @@ def quickstart(directory: Path, count: int = 192) -> None:
         return load_model(ModelDir(base / name), "float32")
 
     width = loaded("teacher").config.hidden_size
-    ask = Ask(lambda: loaded("teacher"), "quickstart", Kept(width, "float32"), DistillConfig().states)
+    ask = TeacherPass(
+        lambda: loaded("teacher"), "quickstart", CacheLayout(width, "float32"), DistillConfig().teacher_cache
+    )
     start = time.perf_counter()
-    states = remember_rows(ask, rows, None, directory / "states", Job(directory / "job"))
+    states = cache_rows(ask, rows, None, directory / "states", Job(directory / "job"))
     asked = (time.perf_counter() - start) / count * 32
     steps = count // 32
     run = ours(states, rows, steps, 32, 32, student=lambda: loaded("student"))

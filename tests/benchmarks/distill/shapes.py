@@ -6,7 +6,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tasks.engine.data.chat_template import Example
-from tasks.engine.models.load import pick_device
+from tasks.engine.models.dtypes import pick_device
 
 T, KD, CE = 2.0, 0.7, 0.3
 DEVICE = pick_device()

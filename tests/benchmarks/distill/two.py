@@ -27,8 +27,8 @@ def main() -> None:
     if arguments.pico:
         SHAPES.update(PICO)
         SIZES["vocabulary"] = 1024
-    ranks.join()
-    count = ranks.count()
+    ranks.init_processes()
+    count = ranks.world_size()
     rows = examples(2 * arguments.rows, False)
     with tempfile.TemporaryDirectory() as work:
         states, _ = states_of(rows, Path(work))
@@ -46,7 +46,7 @@ def main() -> None:
             run["peak"],
             note,
         )
-    ranks.leave()
+    ranks.end_processes()
 
 
 if __name__ == "__main__":
