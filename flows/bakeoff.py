@@ -28,14 +28,14 @@ from tasks.core.inputs import fetch_input
 from tasks.core.refs import DatasetRef, ModelRef, ReportRef
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.task import evaluate
-from tasks.gguf import GgufConfig, Kind
+from tasks.gguf import GgufConfig
 from tasks.gguf.task import convert
 from tasks.ingest import IngestConfig
 from tasks.ingest.task import ingest
 from tasks.outliers import OutlierConfig
 from tasks.outliers.task import find_outliers
 
-KINDS: list[Kind] = ["BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
+KINDS = ["BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS"]
 
 
 def every_method() -> list[BakeoffConfig]:
