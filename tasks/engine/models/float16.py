@@ -1,9 +1,9 @@
 """float16 for cards without bfloat16 (T4, V100): matrices in float16, residual stream and its norms in float32.
 
-Gemma 3's residual passes 65504, float16's largest number, while what its matrices multiply stays small (transformers
-PR#37226, onnxruntime PR#29611: matmuls of gemma-3-270m-it peak near 324). So embedding, norms, and the sums between
-layers are kept in float32, and only what enters a matrix is rounded. Gradients are kept out of float16's small end by
-scaling the loss (tasks.engine.training.loss_scaling).
+Gemma 3's residual stream exceeds 65504, float16's largest number, while the inputs of its matrices stay small
+(transformers PR#37226, onnxruntime PR#29611: matmuls of gemma-3-270m-it peak near 324). So embedding, norms, and the
+sums between layers are computed in float32, and only the inputs of matrices are rounded. Loss scaling keeps gradients
+above float16's smallest numbers (tasks.engine.training.loss_scaling).
 """
 
 from typing import Any, cast
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
 from tasks.engine.models.families import family_of
+from tasks.engine.models.families.family import EMBEDDING_SCALE
 
 
 def with_float32_norms(architecture: Any) -> Any:
@@ -66,7 +67,8 @@ def _to_float16(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 def _embed_exactly(module: nn.Embedding, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Rows of the embedding in float32 times Gemma's factor, which would overflow in float16."""
-    return F.embedding(args[0], module.weight, module.padding_idx).float() * getattr(module, "scalar_embed_scale", 1.0)
+    rows = F.embedding(args[0], module.weight, module.padding_idx)
+    return rows.float() * getattr(module, EMBEDDING_SCALE, 1.0)
 
 
 def _rotate_in_float16(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

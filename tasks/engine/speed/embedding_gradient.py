@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from tasks.engine.models.families.family import EMBEDDING_SCALE
+
 
 class EmbeddingGradient:
     """Context in which the embedding's backward adds its gradient into an existing buffer, deterministically.
@@ -77,7 +79,7 @@ class _AccumulateGradient(torch.autograd.Function):
 
 def _scale(embedding: Any) -> float:
     """Factor that the module multiplies rows by (Gemma: sqrt(hidden))."""
-    return float(getattr(embedding, "scalar_embed_scale", 1.0))
+    return float(getattr(embedding, EMBEDDING_SCALE, 1.0))
 
 
 def _is_scaled_lookup(embedding: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Which tensor of the base a tensor of an adapter belongs to, and adapters that no merge can do justice to."""
+"""Matches an adapter's tensors to the base's by name, and refuses adapters that cannot be merged."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from tasks.core.errors import BadConfig
 from tasks.engine.weights.nf4 import FourBitTensor
 from tasks.engine.weights.safetensors_reader import StoredTensor
 
-# Options whose adapters mean more than W + s B A, or whose base is not the model they started from.
+# Options whose adapters compute more than W + s B A, or start from other weights than the base's.
 UNMERGEABLE = (
     "fan_in_fan_out",
     "lora_bias",
@@ -36,7 +36,7 @@ SPELLINGS = (
 
 
 def base_name(target: str, base: Mapping[str, StoredTensor | FourBitTensor]) -> str | None:
-    """The base's name of a tensor that an adapter calls `target`, or None."""
+    """The base's name of the tensor that an adapter names `target`, or None."""
     if target in base:
         return target
     for module, checkpoint in SPELLINGS:
@@ -52,7 +52,7 @@ def is_copy(
     tensors: dict[str, StoredTensor],
     base: Mapping[str, StoredTensor | FourBitTensor],
 ) -> bool:
-    """Whether peft saved a whole tensor that says nothing new: an unchanged embedding, or the head tied to it."""
+    """Whether a tensor that peft saved whole equals the base's: an unchanged embedding, or the head tied to it."""
     twins: list[StoredTensor | FourBitTensor] = [base[name]] if name else []
     if name is None and target.endswith("lm_head.weight"):
         twins = [tensors[key] for key in tensors if key.endswith("embed_tokens.weight")]
@@ -61,7 +61,7 @@ def is_copy(
 
 
 def why_unmatched(target: str) -> str:
-    """The end of the sentence about a tensor that `base_name` does not find."""
+    """Why `base_name` matches nothing, as the end of a sentence that names the tensor."""
     if target.endswith("lm_head.weight"):
         return (
             "changes lm_head, which this base ties to its embedding: merging would untie them. Leave lm_head out of "
@@ -71,7 +71,7 @@ def why_unmatched(target: str) -> str:
 
 
 def check_mergeable(directory: Path, config: dict[str, Any]) -> None:
-    """Raises BadConfig for an adapter that is more than W + s B A, or whose start was not this base."""
+    """Raises BadConfig for an adapter that computes more than W + s B A, or started from other weights."""
     if config.get("peft_type") != "LORA":
         raise BadConfig(f"{directory}: a {config.get('peft_type')} adapter cannot be merged; LoRA, rsLoRA and DoRA can")
     for option in UNMERGEABLE:

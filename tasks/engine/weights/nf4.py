@@ -1,7 +1,7 @@
 """Dequantizes weights that bitsandbytes stored in 4 bits (NF4, FP4) to float32, rows at a time, in plain torch.
 
-On disk a matrix is a code of two values a byte, 16 values that the codes mean, a scale for each block, and JSON that
-says the rest; with double quantization the scales are themselves codes of 256 values, with scales and an offset of
+On disk a matrix is codes, two a byte, their 16 levels, a scale for each block, and JSON with shape and block size;
+with double quantization the scales are themselves codes of 256 values, with scales and an offset of
 their own (QLoRA, arXiv 2305.14314, section 3).
 """
 

@@ -14,6 +14,8 @@ SANDWICH_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 # The last projection of attention and of the MLP writes into the residual stream itself.
 PRE_NORM_WRITERS = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
 SANDWICH_WRITERS = tuple(f"{norm}.weight" for norm in SANDWICH_NORMS)
+# Attribute of transformers' embedding modules that multiply rows by a constant (Gemma: sqrt(hidden)).
+EMBEDDING_SCALE = "scalar_embed_scale"
 # Vision and audio modules under the names that transformers gives them.
 TOWERS = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
 
