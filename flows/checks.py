@@ -6,7 +6,6 @@ different groups need of each other stands here, in `ACROSS`.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from typing import Any, NamedTuple
 
 from flows.flow_config import FlowConfig
@@ -67,7 +66,10 @@ def _changed(group: StageConfig, default: StageConfig) -> list[str]:
 
 def _value(config: FlowConfig, path: str) -> Any:
     """The value at `group.field`; None where the flow has no such field."""
-    return reduce(lambda model, name: getattr(model, name, None), path.split("."), config)
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
 
 
 def _default(config: FlowConfig, path: str) -> Any:

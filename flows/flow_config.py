@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from flows.presets import read_preset
+from flows.presets import preset_names, read_preset
 from tasks.core.config import StageConfig, run_wide
 
 
@@ -37,7 +37,8 @@ class FlowConfig(BaseModel):
     )  # fmt: skip
 
     preset: str | None = None
-    """Settings to start from, by the name of a file in `deployments/presets`; what is set here goes before them."""
+    """Settings to start from, by the name of a file in `deployments/presets`; what is set here goes before them. In the
+    form that is every field that shows a value; a group left at None is the preset's."""
     max_length: int = Field(2048, ge=16)
     """Longest row in tokens, chat template included; `ingest.over_long` says what happens to longer ones."""
     chat_template: Literal["model", "gemma"] = "model"
@@ -104,7 +105,7 @@ class FlowConfig(BaseModel):
     def _merged(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """The preset's values with these on top: groups setting by setting, anything else as a whole."""
         preset = values.get("preset")
-        settings: dict[str, Any] = cls._merged(read_preset(preset)) if preset else {}
+        settings: dict[str, Any] = read_preset(preset) if preset else {}
         for name, value in values.items():
             below = settings.get(name)
             if name not in cls.groups():
@@ -132,6 +133,7 @@ class FlowConfig(BaseModel):
             group = properties[name]
             reference = {"$ref": group["$ref"]}
             inside = handler.resolve_ref_schema(reference)
+            inside["title"] = "change"  # the button that opens the group
             for key, value in cls.default(name).model_dump(mode="json", exclude_unset=True).items():
                 inside["properties"][key]["default"] = value
             properties[name] = {
@@ -142,15 +144,27 @@ class FlowConfig(BaseModel):
             short = next(iter(kind.model_fields))
             reference = properties[name]["items"]
             choice = handler.resolve_ref_schema(reference)["properties"][short]
-            properties[name]["items"] = {"anyOf": [{"enum": choice["enum"], "type": "string"}, reference]}
+            names = {"enum": choice["enum"], "type": "string"}
+            bounds = {"minItems": properties[name].pop("minItems", 0), "type": properties[name].pop("type")}
+            del properties[name]["items"]
+            properties[name]["anyOf"] = [
+                {"title": f"{short}s", "items": names, **bounds},
+                {"title": "with settings", "items": {"anyOf": [reference, names]}, **bounds},
+            ]
             properties[name]["default"] = [
                 next(iter(values.values())) if len(values) == 1 else values
                 for values in (item.model_dump(mode="json", exclude_unset=True) for item in cls.default(name))
             ]
+        properties["preset"]["anyOf"][0]["enum"] = cls.preset_names()
         ordered = {name: properties[name] for name in cls.form_order()}
         properties.clear()
         properties.update(ordered)
         return schema
+
+    @classmethod
+    def preset_names(cls) -> list[str]:
+        """Presets whose settings are all of this flow."""
+        return [name for name in preset_names() if read_preset(name).keys() <= cls.model_fields.keys()]
 
     def unused_groups(self) -> dict[str, str]:
         """Groups that this run does not read, with the reason and the remedy."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from flows.cards import Card, smallest_card
 from flows.config import PipelineConfig
 from flows.presets import preset_text, read_preset
 from tasks.core.model_files import find_defect
@@ -31,15 +32,8 @@ class Rows(NamedTuple):
     train: str
     validation: str | None
     test: str | None
-    count: int
+    number: int
     longest_tokens: int
-
-
-class Card(NamedTuple):
-    """The smallest CUDA device of this machine."""
-
-    name: str
-    gib: float
 
 
 def main(data: Path, out: Path, teacher: str | None, student: str | None, force: bool) -> None:
@@ -102,27 +96,6 @@ def _size(value: Any) -> int:
     return len(value.encode()) if isinstance(value, str) else len(str(value))
 
 
-def smallest_card() -> Card | None:
-    """The CUDA device with the least memory, by NVML; None without one."""
-    import pynvml  # noqa: PLC0415 (needed here only)
-
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        cards = [Card(_name(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30) for handle in handles]
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
-    return min(cards, key=lambda card: card.gib, default=None)
-
-
-def _name(handle: Any) -> str:
-    import pynvml  # noqa: PLC0415
-
-    name = pynvml.nvmlDeviceGetName(handle)
-    return name.decode() if isinstance(name, bytes) else str(name)
-
-
 def pick_preset(card: Card | None, bases: tuple[str | None, ...]) -> str:
     """The preset of the bases' family for this card; for a 24 GB card where there is none."""
     family = "gemma-3n" if any(_is_gemma3n(base) for base in bases if base) else "gemma-3"
@@ -146,7 +119,7 @@ def write_config(rows: Rows, card: Card | None, teacher: str | None, student: st
     below = read_preset(preset)
     machine = f"{card.name}, {card.gib:.0f} GiB" if card else "no CUDA device here: run it on a machine that has one"
     about = preset_text(preset).splitlines()[0].lstrip("# ")
-    counted = f"{rows.count:,} rows, the longest about {rows.longest_tokens} tokens" if rows.count else "not counted"
+    counted = f"{rows.number:,} rows, the longest about {rows.longest_tokens} tokens" if rows.number else "not counted"
     lines = [
         f"# {counted}; {machine}.",
         f"# Check it with `stillhouse doctor {file_name}`. Every setting: docs/configuration.md",
@@ -159,7 +132,7 @@ def write_config(rows: Rows, card: Card | None, teacher: str | None, student: st
     ]
     if rows.longest_tokens:
         lines.append(_line("max_length", fitting_length(rows.longest_tokens), "longer rows are left out"))
-    if 0 < rows.count < FEW_ROWS:
+    if 0 < rows.number < FEW_ROWS:
         lines.append("ingest: {allow_few_rows: true}  # fewer than " + str(FEW_ROWS) + ": expect little")
     lines.append("gguf: [Q8_0, Q4_K_M]  # the files to deliver")
     return "\n".join(lines) + "\n"
