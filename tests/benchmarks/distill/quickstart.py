@@ -36,7 +36,7 @@ def quickstart(directory: Path, count: int = 192) -> None:
         lambda: loaded("teacher"), "quickstart", CacheLayout(width, "float32"), DistillConfig().teacher_cache
     )
     start = time.perf_counter()
-    states = cache_rows(ask, rows, None, directory / "states", Job(directory / "job"))
+    states = cache_rows(teacher_pass, rows, None, directory / "states", Job(directory / "job"))
     asked = (time.perf_counter() - start) / count * 32
     steps = count // 32
     run = ours(states, rows, steps, 32, 32, student=lambda: loaded("student"))
