@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
 from tasks.distill import DistillConfig
-from tasks.engine.models.families import family_of, model_types
+from tasks.engine.models.family_registry import family_of, model_types
 from tasks.engine.runtimes.ggml_blocks import BLOCK, BlockKind, snap_
 
 

@@ -14,7 +14,7 @@ from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.distill.vocabulary import Pieces
 from tasks.engine.data.tokenizers import TOKENIZER_FILES
-from tasks.engine.models.families import FAMILIES, family_of
+from tasks.engine.models.family_registry import FAMILIES, family_of
 from tasks.engine.weights.safetensors_reader import stored_tensors
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")

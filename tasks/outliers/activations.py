@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.job import Job
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.outliers.activation_statistics import ActivationStatistics, ChannelStatistics, LayerStatistics, Peak
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")

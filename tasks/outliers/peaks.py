@@ -6,7 +6,7 @@ Every function takes the JSON summary of `tasks.outliers.forward_pass.summarize`
 import math
 from typing import Any
 
-from tasks.engine.models.families.family import SANDWICH_NORMS
+from tasks.engine.models.family import SANDWICH_NORMS
 
 Numbers = dict[str, Any]
 FLOAT16_MAX = 65504.0

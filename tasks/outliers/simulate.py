@@ -15,7 +15,7 @@ from tasks.core.job import Job
 from tasks.engine.compare.agreement import answer_logits
 from tasks.engine.compare.changed_model import compare_answers
 from tasks.engine.data.chat_template import Example
-from tasks.engine.models.families import family_in
+from tasks.engine.models.family_registry import family_in
 from tasks.engine.models.tensor_names import gain_offset, is_norm
 from tasks.engine.weights.rescale import rescaling_factors
 from tasks.outliers.activation_statistics import ActivationStatistics

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.tensor_names import gain_offset, is_norm, layer_index, name_in_layer
 from tasks.engine.runtimes.ggml import round_trip, to_type
 from tasks.engine.weights.effective import Weight

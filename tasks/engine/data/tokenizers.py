@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
-from tasks.engine.models import families
+from tasks.engine.models import family_registry
 from tasks.engine.models.model_config import require_file
 
 # Files of a tokenizer and a processor: copied byte for byte, since saving them anew writes machine paths.
@@ -28,7 +28,7 @@ def load_tokenizer(model: ModelDir, chat_template: str = "model") -> PreTrainedT
     require_file(directory, "tokenizer_config.json", "the tokenizer")
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(directory, local_files_only=True))
     if chat_template != "model":
-        template = families.chat_template(chat_template)
+        template = family_registry.chat_template(chat_template)
         if template.token not in tokenizer.get_vocab():
             raise BadConfig(
                 f"{directory}: no {template.token} in the vocabulary, so chat_template={chat_template} does not fit it"

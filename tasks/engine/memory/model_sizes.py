@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.models.families import family_of
-from tasks.engine.models.families.family import Family
+from tasks.engine.models.family import Family
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.model_config import is_four_bit, model_class, read_config
 from tasks.engine.models.new_adapter import add_adapter
 from tasks.engine.models.trainable import Method

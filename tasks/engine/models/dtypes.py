@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tasks.core.errors import BadConfig
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.model_config import read_config
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
-from tasks.engine.models.families import family_of
-from tasks.engine.models.families.family import EMBEDDING_SCALE
+from tasks.engine.models.family import EMBEDDING_SCALE
+from tasks.engine.models.family_registry import family_of
 
 
 def with_float32_norms(architecture: Any) -> Any:

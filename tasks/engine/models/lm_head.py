@@ -15,7 +15,7 @@ from tasks.core.errors import BadConfig
 from tasks.engine.data.chat_template import Example
 from tasks.engine.data.collator import Batch, collate, to_device
 from tasks.engine.losses.loss_mix import Head
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:

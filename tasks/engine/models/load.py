@@ -13,7 +13,7 @@ from transformers.utils import logging
 from tasks.core.errors import Corrupted
 from tasks.core.refs import ModelDir
 from tasks.engine.models.dtypes import pick_device, pick_dtype
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.float16 import keep_residual_in_float32, with_float32_norms
 from tasks.engine.models.load_adapter import attach_adapter
 from tasks.engine.models.model_config import is_four_bit, model_class, read_config, require_file

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tasks.core.errors import BadConfig
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 
 
 def add_adapter(config: TrainingConfig, model: PreTrainedModel) -> PeftModel:

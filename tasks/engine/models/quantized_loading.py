@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from tasks.core.errors import BadConfig
-from tasks.engine.models.families.family import Family
+from tasks.engine.models.family import Family
 
 
 def nf4_options(family: Family, compute: torch.dtype) -> BitsAndBytesConfig:

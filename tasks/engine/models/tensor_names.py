@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tasks.engine.models.families import family_in
+from tasks.engine.models.family_registry import family_in
 
 NORM = re.compile(r"(norm|ln_\w+)\d?\.weight$")
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from tasks.core.errors import BadConfig, Corrupted
 from tasks.core.refs import ModelDir
 from tasks.engine.models.dtypes import pick_device, pick_dtype
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.load import load_model
 from tasks.engine.models.model_config import read_config
 from tasks.engine.weights.safetensors_reader import stored_tensors

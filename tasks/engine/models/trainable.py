@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.float16 import keep_residual_in_float32
 from tasks.engine.models.lm_head import check_head, head_of, unwrap
 from tasks.engine.models.load import load_model

@@ -7,23 +7,23 @@ from collections.abc import Iterable
 
 import gguf
 
-ARCHITECTURES = {"gemma3_text": "gemma3", "gemma3n_text": "gemma3n"}  # where llama.cpp's name is not transformers'
+from tasks.engine.models.family_registry import family_of
 
 
 def tensor_names(modules: Iterable[str], model_type: str, layers: int) -> dict[str, str]:
-    """The weights inside of layers that llama.cpp has a name for, by module; `model_type` is transformers' or its own.
+    """llama.cpp's names of layer weights by transformers' module names; `model_type` is transformers' or llama.cpp's.
 
     Empty for an architecture that gguf-py does not know.
     """
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    arch = known.get(ARCHITECTURES.get(model_type, model_type))
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    arch = architectures.get(family_of(model_type).gguf_architectures.get(model_type, model_type))
     if arch is None:
         return {}
     table = gguf.get_tensor_name_map(arch, layers)
-    found = {}
+    names = {}
     for module in modules:
-        plain = module.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
-        tensor = table.get_name(plain)
+        module_name = module.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
+        tensor = table.get_name(module_name)
         if tensor is not None and tensor.startswith("blk."):
-            found[module] = f"{tensor}.weight"
-    return found
+            names[module] = f"{tensor}.weight"
+    return names

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tasks.engine.models.families.family import EMBEDDING_SCALE
+from tasks.engine.models.family import EMBEDDING_SCALE
 
 
 class EmbeddingGradient:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.lm_head import decoder_layers, unwrap
 
 MIN_BYTES = 4 << 20  # smaller tensors stay on the device

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tasks.core.peak_memory import peak_resident
-from tasks.engine.models.families import family_of
+from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.lm_head import decoder_layers, unwrap
 
 # Dense matrix TFLOP/s with float32 accumulation, from NVIDIA's data sheets: bfloat16 where there is it, else float16.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
-from tasks.engine.models.families import family_of, model_types
+from tasks.engine.models.family_registry import family_of, model_types
 from tasks.engine.models.tensor_names import gain_offset, is_norm
 from tasks.engine.weights.adapter_delta import RowTransform
 from tasks.engine.weights.effective import Weight, effective_weights

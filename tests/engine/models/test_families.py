@@ -10,14 +10,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tasks.core.cache import _imported_sources
+from tasks.core.config import StageConfig
 from tasks.core.errors import BadConfig
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
+from tasks.distill.teacher_cache import TeacherCacheConfig
 from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.memory.model_sizes import sizes_of
-from tasks.engine.models import families
+from tasks.engine.models import families, family_registry
 from tasks.engine.models.dtypes import training_precision
-from tasks.engine.models.families.family import GENERIC, PRE_NORM_WRITERS, ChatTemplate, Family
+from tasks.engine.models.family import GENERIC, PRE_NORM_WRITERS, ChatTemplate, Family
 from tasks.engine.models.float16 import keep_residual_in_float32
 from tasks.engine.models.load import load_model
 from tasks.engine.models.tensor_names import gain_offset
@@ -25,6 +28,7 @@ from tasks.engine.models.trainable import trainable_model
 from tasks.engine.runtimes.ggml_names import tensor_names
 from tasks.engine.training.throughput import token_cost
 from tasks.engine.weights.rescale import rescaling_factors
+from tasks.ingest import IngestConfig
 from tests.pico import pico_tokenizer
 
 NORM = "model.layers.0.input_layernorm.weight"
@@ -82,7 +86,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ModelDir:
 @pytest.fixture
 def dummy(base: ModelDir, monkeypatch: pytest.MonkeyPatch) -> ModelDir:
     """The same model, with its family in the table."""
-    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, DUMMY])
+    monkeypatch.setattr(family_registry, "FAMILIES", [*family_registry.FAMILIES, DUMMY])
     return base
 
 
@@ -93,7 +97,7 @@ def four_bit_modules(model: torch.nn.Module) -> set[str]:
 
 
 def test_a_model_of_no_family_is_generic(base: ModelDir) -> None:
-    assert families.family_of("dummy") is families.family_in(base.base) is GENERIC
+    assert family_registry.family_of("dummy") is family_registry.family_in(base.base) is GENERIC
     assert gain_offset(base.base, NORM) == 0.0
     model = load_model(base, "float32", "cpu", four_bit=True)
     assert four_bit_modules(model) == {
@@ -126,7 +130,7 @@ def test_one_object_decides_precision_memory_and_cost(dummy: ModelDir, monkeypat
     attention, mlp = 2 * 32 * 32 + 2 * 16 * 32, 3 * 32 * 64
     assert sizes.quantizable == 2 * mlp + attention - 16 * 32  # of layer 0's attention all but k_proj
     assert token_cost(load_model(dummy, "float32", "cpu")).layers == 6 * (2 * mlp + attention)
-    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES[:-1])
+    monkeypatch.setattr(family_registry, "FAMILIES", family_registry.FAMILIES[:-1])
     assert token_cost(load_model(dummy, "float32", "cpu")).layers == 6 * 2 * (mlp + attention)
 
 
@@ -145,20 +149,29 @@ def test_one_object_decides_template_rescale_and_gguf(dummy: ModelDir) -> None:
     ]
 
 
-def test_no_two_families_list_a_model_type() -> None:
-    kinds = [kind for family in families.FAMILIES for kind in family.model_types]
-    assert len(kinds) == len(set(kinds))
+def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "from tasks.engine.models.family import Family\nFAMILY = Family(name='new', model_types=({kind!r},))\n"
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    (tmp_path / "new_family.py").write_text(text.format(kind="new"))
+    assert [family.name for family in family_registry.discover(families) if "new" in family.model_types] == ["new"]
+    (tmp_path / "second_llama.py").write_text(text.format(kind="llama"))
+    with pytest.raises(ValueError, match="two families list one model type: .*llama, llama"):
+        family_registry.discover(families)
 
 
-def test_configs_offer_the_families_chat_templates() -> None:
-    names = {family.chat_template.name for family in families.FAMILIES if family.chat_template}
-    choices = get_args(TrainingConfig.model_fields["chat_template"].annotation)
-    assert set(choices) == {"model", *names}
+def test_a_family_s_code_is_part_of_cache_keys() -> None:
+    assert "tasks.engine.models.families.gemma3n" in _imported_sources("tasks.teacher.run")
+
+
+@pytest.mark.parametrize("config", [TrainingConfig, IngestConfig, TeacherCacheConfig])
+def test_configs_offer_the_families_chat_templates(config: type[StageConfig]) -> None:
+    names = {family.chat_template.name for family in family_registry.FAMILIES if family.chat_template}
+    assert set(get_args(config.model_fields["chat_template"].annotation)) == {"model", *names}
 
 
 def test_families_need_no_torch() -> None:
     code = (
-        "import sys; from tasks.engine.models.families import family_of; "
+        "import sys; from tasks.engine.models.family_registry import family_of; "
         "assert family_of('gemma3').gguf_global_layer_period == 6; "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

@@ -1,9 +1,9 @@
 """Gemma 3: sandwich norms, norms of queries and keys, five layers with a window to one with full attention."""
 
-from tasks.engine.models.families.family import SANDWICH_WRITERS, Family
-from tasks.engine.models.families.gemma_turns import GEMMA_TURNS
+from tasks.engine.models.families.gemma import GEMMA_TURNS
+from tasks.engine.models.family import SANDWICH_WRITERS, Family
 
-GEMMA3 = Family(
+FAMILY = Family(
     name="Gemma 3",
     model_types=("gemma3", "gemma3_text"),
     norms_are_gain_minus_1=True,

@@ -6,10 +6,10 @@ place, which a 4-bit weight cannot bear. The vision tower (mobilenetv5_300m) exi
 torchvision.
 """
 
-from tasks.engine.models.families.family import Family, TextModel
-from tasks.engine.models.families.gemma_turns import GEMMA_TURNS
+from tasks.engine.models.families.gemma import GEMMA_TURNS
+from tasks.engine.models.family import Family, TextModel
 
-GEMMA3N = Family(
+FAMILY = Family(
     name="Gemma 3n",
     model_types=("gemma3n", "gemma3n_text"),
     towers=("vision_tower", "audio_tower", "embed_vision", "embed_audio"),

@@ -1,5 +1,5 @@
 """Llama and Mistral: pre-norm blocks, norms that multiply by the stored weight."""
 
-from tasks.engine.models.families.family import PRE_NORM_WRITERS, Family
+from tasks.engine.models.family import PRE_NORM_WRITERS, Family
 
-LLAMA = Family(name="Llama", model_types=("llama", "mistral"), residual_writers=PRE_NORM_WRITERS)
+FAMILY = Family(name="Llama", model_types=("llama", "mistral"), residual_writers=PRE_NORM_WRITERS)
