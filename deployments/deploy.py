@@ -7,7 +7,6 @@ parameter beside `config` is refused when a run is made, as an unknown setting i
 of the deployment's preset where it would show defaults.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +25,13 @@ PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
 
 def main() -> None:
     """Deploys everything; exits with Prefect's own message where it fails."""
-    environment = os.environ | {"STILLHOUSE_ROOT": os.environ.get("STILLHOUSE_ROOT", str(ROOT))}
     document = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     pools = {deployment["work_pool"]["name"] for deployment in document["deployments"]}
     with get_client(sync_client=True) as client:
         existing = {pool.name for pool in client.read_work_pools()}
     for pool in sorted(pools - existing):
-        _prefect(["work-pool", "create", pool, "--type", "process"], environment)
-    _prefect(["deploy", "--all", "--prefect-file", str(FILE)], environment)
+        _prefect(["work-pool", "create", pool, "--type", "process"])
+    _prefect(["deploy", "--all", "--prefect-file", str(FILE)])
     for name in complete_schemas({deployment["name"] for deployment in document["deployments"]}):
         print(name)
     print(f"Start a worker: prefect worker start --pool {', '.join(sorted(pools))}")
@@ -69,9 +67,9 @@ def _show_preset(schema: dict[str, Any], settings: dict[str, Any]) -> None:
                 definitions[reference.rpartition("/")[2]]["properties"][key]["default"] = inner
 
 
-def _prefect(arguments: list[str], environment: dict[str, str]) -> None:
+def _prefect(arguments: list[str]) -> None:
     done = subprocess.run(
-        [*PREFECT, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"stillhouse: prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")

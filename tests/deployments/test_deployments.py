@@ -13,27 +13,24 @@ import httpx
 import pytest
 import yaml
 
+from flows.reference import FLOWS
 from tests.conftest import Bucket
 from tests.flows.pico_run import ROOT, settings
 from tests.prefect_server import PrefectServer
 from tests.waiting import wait_until
 
 PREFECT = [sys.executable, "-m", "prefect", "--no-prompt"]
+DEPLOYMENTS = {"manual", "nightly", "api", "audit", "quantize", "bakeoff", "ablation"}
 
 
 @pytest.fixture(scope="module")
 def deployed(prefect_server: PrefectServer) -> dict[str, str]:
-    """The deployments on a process pool; the variables to work with them."""
+    """The deployments on a process pool, as `stillhouse deploy` makes them; the variables to work with them."""
     variables = prefect_server.environment | {"STILLHOUSE_ROOT": str(ROOT)}
-
-    def prefect(*arguments: str) -> None:
-        done = subprocess.run(
-            [*PREFECT, *arguments], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    prefect("work-pool", "create", "stillhouse", "--type", "process", "--overwrite")
-    prefect("deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
+    command = [sys.executable, "-m", "flows.cli", "deploy"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("stillhouse") == len(DEPLOYMENTS) + 1
     return variables
 
 
@@ -54,10 +51,10 @@ def worker(deployed: dict[str, str], s3: Bucket, tmp_path: Path) -> Iterator[Non
     process.wait(timeout=60)
 
 
-def create(server: PrefectServer, config: dict[str, Any], key: str) -> httpx.Response:
+def create(server: PrefectServer, config: dict[str, Any], key: str, **others: str) -> httpx.Response:
     """What `curl -X POST .../create_flow_run` sends."""
     deployment = httpx.get(f"{server.url}/deployments/name/stillhouse/api").json()["id"]
-    body = {"parameters": {"config": config}, "idempotency_key": key}
+    body = {"parameters": {"config": config, **others}, "idempotency_key": key}
     return httpx.post(f"{server.url}/deployments/{deployment}/create_flow_run", json=body, timeout=30)
 
 
@@ -71,6 +68,10 @@ def test_a_run_made_over_rest_completes_on_s3(
     assert misspelt.status_code == 409 and "teachr_base" in misspelt.text
     nested = create(prefect_server, {**config, "teacher": {"rnak": 4}}, "wrong-too")
     assert nested.status_code == 409 and "rnak" in nested.text
+    several = create(prefect_server, {**config, "teacher": {"max_length": 64}}, "wrong-three")
+    assert several.status_code == 409 and "max_length" in several.text, "it is one setting for the whole run"
+    outside = create(prefect_server, config, "wrong-four", trian="x")
+    assert outside.status_code == 409 and "trian" in outside.text, "beside config as inside it"
 
     made = create(prefect_server, config, "night-1")
     assert made.status_code == 201
@@ -111,9 +112,41 @@ def test_the_nightly_schedule_is_off_until_switched_on(deployed: dict[str, str],
     assert [schedule["active"] for schedule in nightly["schedules"]] == [True]
     written = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
     names = {one["name"] for one in written["deployments"]}
-    assert names == {"manual", "nightly", "api", "audit", "quantize", "bakeoff", "ablation"}
+    assert names == DEPLOYMENTS
     audit = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse-audit/audit").json()
     assert "OutlierConfig" in audit["parameter_openapi_schema"]["definitions"]
     manual = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/manual").json()
     form = manual["parameter_openapi_schema"]["definitions"]
     assert form["FineTuneConfig"]["properties"]["rank"]["description"].startswith("Rank of the LoRA")
+
+
+def submitted(definitions: dict[str, Any], parameters: dict[str, Any], opened: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the UI's form sends when it is left as it is: parameters, defaults of all other fields; groups `opened`."""
+    [fields] = [schema["properties"] for schema in definitions.values() if "ingest" in schema["properties"]]
+    values = {name: parameters.get(name, field.get("default")) for name, field in fields.items()}
+    for name in opened:
+        group = definitions[fields[name]["anyOf"][0]["$ref"].rpartition("/")[2]]["properties"]
+        values[name] = {key: field["default"] for key, field in group.items()}
+    return values
+
+
+@pytest.mark.parametrize(
+    ("deployment", "preset", "groups"),
+    [
+        ("stillhouse/manual", "quickstart", ("ingest", "teacher", "student", "evaluate", "gate")),
+        ("stillhouse-ablation/ablation", "ablation", ("teacher", "student", "evaluate")),
+        ("stillhouse-audit/audit", "audit", ("ingest", "outliers")),
+        ("stillhouse-quantize/quantize", "quantize", ("ingest", "evaluate", "gate")),
+        ("stillhouse-bakeoff/bakeoff", "bakeoff", ("ingest", "evaluate")),
+    ],
+)
+def test_an_untouched_form_is_its_preset(
+    deployed: dict[str, str], prefect_server: PrefectServer, deployment: str, preset: str, groups: tuple[str, ...]
+) -> None:
+    """Closed, and with groups opened and left as they are."""
+    config_class = FLOWS.get(preset, FLOWS["pipeline"])[1]
+    config = config_class.model_validate({"preset": preset})
+    details = httpx.get(f"{prefect_server.url}/deployments/name/{deployment}").json()
+    schema, parameters = details["parameter_openapi_schema"], details["parameters"]["config"]
+    for opened in ((), groups):
+        assert config_class.model_validate(submitted(schema["definitions"], parameters, opened)) == config
