@@ -77,8 +77,8 @@ def _flows() -> Iterator[str]:
             help_ = config.model_fields[name].description or _summary(group)
             changes = config.default(name).model_dump(exclude_unset=True)
             differs = ", ".join(f"`{key}: {shown(value)}`" for key, value in changes.items())
-            here = f" Here by default {differs}." if differs else ""
-            yield f"- `{name}`: {_line(help_)}{here} Settings: [{group.__name__}](#{group.__name__.lower()})"
+            defaults_of_flow = f" Here by default {differs}." if differs else ""
+            yield f"- `{name}`: {_line(help_)}{defaults_of_flow} Settings: [{group.__name__}](#{group.__name__.lower()})"
         yield ""
 
 
@@ -91,8 +91,8 @@ def _stages() -> Iterator[str]:
             names.extend([] if name in names else [name])
     for group, names in stages.items():
         yield f"### {group.__name__}\n\n`{'`, `'.join(names)}`: {_line(_summary(group))}\n"
-        own = {name: field for name, field in group.model_fields.items() if RUN_WIDE not in field.metadata}
-        yield from _table(own)
+        stage_fields = {name: field for name, field in group.model_fields.items() if RUN_WIDE not in field.metadata}
+        yield from _table(stage_fields)
         yield ""
 
 

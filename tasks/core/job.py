@@ -1,7 +1,7 @@
 """Events of a running stage command (metrics, progress, log) as JSON lines, and its orderly stop on SIGTERM.
 
-Events go to `<work>/events.jsonl`, one object a line, flushed at once; the parent (`tasks.core.child_process`) follows the
-file and forwards it to MLflow and Prefect. A command run by hand writes the same file and shows a bar on stderr.
+Events go to `<work>/events.jsonl`, one object a line, flushed at once; the parent (`tasks.core.child_process`) reads
+the file and forwards it to MLflow and Prefect. A command run by hand writes the same file and shows a bar on stderr.
 """
 
 import json
@@ -22,8 +22,8 @@ class Job:
 
     `work` outlives the process: it is named by the stage's cache key, so that a retry, a new run or a new machine finds
     the checkpoints there. `memory_level` counts the out-of-memory retries so far: at level k a stage divides its batch
-    by 2**k, and training follows `tasks.core.memory_fallback`. Of several processes, those with `rank` above 0 write events to files that are not
-    forwarded.
+    by 2**k, and training follows `tasks.core.memory_fallback`. Of several processes, those with `rank` above 0 write
+    events to files that are not forwarded.
     """
 
     def __init__(self, work: Path, memory_level: int = 0, bar: bool = False, rank: int = 0) -> None:

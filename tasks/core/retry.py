@@ -11,7 +11,8 @@ def is_retriable(task: Any, task_run: Any, state: Any) -> bool:
     """Whether Prefect retries a failed task, as its `retry_condition_fn`.
 
     Storage, network, a killed or preempted command and out-of-memory (a memory fallback level on) are retried; bad
-    config, bad data and a failed gate are not, nor is an unforeseen error. A plain function, for Prefect 3 ignores callable objects.
+    config, bad data and a failed gate are not, nor is an unforeseen error. A plain function: Prefect 3 ignores callable
+    objects.
     """
     error = state.result(raise_on_failure=False)
     return isinstance(error, StageError) and error.retriable

@@ -58,7 +58,7 @@ def run_stage(
 ) -> R:
     """Runs `python -m tasks.<stage>.run` on `inputs`, or finds its cached output, and returns a ref of type `kind`.
 
-    `label` names this use of the stage in MLflow and Prefect ("evaluate student") where `stage_label` does not; `fields`
+    `label` names this use of the stage in MLflow and Prefect ("evaluate student") unless `stage_label` does; `fields`
     are further fields of the ref. `unkeyed_inputs` save work and do not change the output: they are not in its cache
     key. A cache hit is a Prefect state named `Cached`, which Prefect unwraps. Raises the typed errors of
     `tasks.core.errors`.

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from tasks.core.data_files import compressed_suffix, data_suffix
 from tasks.core.errors import BY_EXIT_CODE, BadConfig, BadData, StageError
 
 WILDCARDS = set("*?[")
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 MAX_LOGGED = 10
 UNKNOWN_SCHEME = re.compile(r"(?!s3://|hub:)[A-Za-z][A-Za-z0-9+.-]*:/")
 HUB = re.compile(r"hub:(?P<name>[^:@]+)(@(?P<revision>[^:]+))?(:(?P<config>.+))?")
@@ -42,7 +42,7 @@ def collect_source(split: str, source: str, directory: Path, log: Log) -> int:
         files = _from_disk(split, source, log)
     if len(files) == 1 and not Path(source).expanduser().is_dir() and not source.startswith("hub:"):
         ((name, path),) = files.items()
-        _link(target / (split + "".join(_suffixes(name))), path)
+        _link(target / (split + _suffixes(name)), path)
     else:
         for name, path in files.items():
             _link(target / split / name, path)
@@ -63,7 +63,8 @@ def _from_disk(split: str, source: str, log: Log) -> dict[str, Path]:
     else:
         raise BadData(f"{split}: no file at {path}; paths are relative to {Path.cwd()}")
     visible = {name: file for name, file in files.items() if not any(p.startswith(".") for p in Path(name).parts)}
-    data = {name: file for name, file in visible.items() if _is_data(name) or (split, file.suffix) == ("text", ".txt")}
+    text_suffix = ".txt" if split == "text" else None
+    data = {name: file for name, file in visible.items() if data_suffix(name) or file.suffix == text_suffix}
     if not data:
         examples = f" that holds data ({', '.join(list(visible)[:3])} ...)" if visible else ""
         raise BadData(f"{split}: no file in {path}{examples}; paths are relative to {Path.cwd()}")
@@ -79,10 +80,10 @@ def _common_parent(paths: list[Path]) -> Path:
     return next(parent for parent in paths[0].parents if all(parent in path.parents for path in paths))
 
 
-def _suffixes(name: str) -> list[str]:
+def _suffixes(name: str) -> str:
     """`.jsonl.gz` of `rows.v2.jsonl.gz`."""
-    suffixes = Path(name).suffixes
-    return suffixes[-2:] if suffixes and suffixes[-1] in (".gz", ".zst") else suffixes[-1:]
+    compressed = compressed_suffix(name)
+    return Path(name[: len(name) - len(compressed)]).suffix + compressed
 
 
 def _link(link: Path, path: Path) -> None:
@@ -104,7 +105,7 @@ def _from_s3(source: str, directory: Path, log: Log) -> Iterator[tuple[str, Path
         keys = [pattern]
     else:
         keys = [key for key in keys if not pattern or key.startswith(pattern.rstrip("/") + "/")]
-    keys = [key for key in keys if key == pattern or _is_data(key)]
+    keys = [key for key in keys if key == pattern or data_suffix(key)]
     if not keys:
         raise BadData(f"{source}: no object there is a data file; give a key, a prefix that ends in /, or a pattern")
     start = (keys[0] if len(keys) == 1 else pattern[:literal]).rfind("/") + 1
@@ -114,11 +115,6 @@ def _from_s3(source: str, directory: Path, log: Log) -> Iterator[tuple[str, Path
         log(f"fetching s3://{bucket}/{key}")
         s3.download(key, path, lambda _: None)
         yield key[start:], path
-
-
-def _is_data(name: str) -> bool:
-    plain = name.removesuffix(".gz").removesuffix(".zst")
-    return plain.lower().endswith(DATA_SUFFIXES)
 
 
 def _from_hub(source: str, split: str, directory: Path, log: Log) -> Iterator[tuple[str, Path]]:

@@ -1,32 +1,23 @@
-"""Ingest: a team's own files in, checked rows in train, validation, test and calibration out: the stage's config."""
+"""Config of the ingest stage, which turns a team's own files into checked rows in train, validation and test."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tasks.core.config import RUN_WIDE, OnlyWith, StageConfig
-
-Format = Literal[
-    "auto",
-    "messages",
-    "conversations",
-    "alpaca",
-    "prompt_completion",
-    "question_answer",
-    "problem_solution",
-    "prompt_story",
-    "command_json",
-]
+from tasks.core.named_choice import NameIn
+from tasks.ingest.row_shapes import SHAPES
 
 
 class IngestConfig(StageConfig):
-    """How files become a checked dataset: what their rows look like, which are held out, which are refused."""
+    """How files become a checked dataset: the shape of their rows, which are held out, which are refused."""
 
-    format: Format = "auto"
+    format: Annotated[str, NameIn(SHAPES, "auto")] = "auto"
     """Shape of the rows; `auto` recognises each file by the fields of its first rows."""
 
     answers: Literal["auto", "json", "text"] = "auto"
-    """What answers are: JSON objects (anything else is quarantined) or free text; `auto` is what most of them are."""
+    """Format of the answers: JSON objects (anything else is quarantined) or free text; `auto` decides by most of
+    them."""
 
     system_prompt: str | None = None
     """Put before every conversation that has no system message of its own."""
@@ -41,7 +32,7 @@ class IngestConfig(StageConfig):
     """Share of rows held out for validation during training when no validation file is given."""
 
     seed: int = Field(default=0, ge=0)
-    """Decides with a row's content on which side of the splits it falls."""
+    """Decides with a row's question to which split it goes."""
 
     calibration_rows: int = Field(default=512, ge=0)
     """Rows of train that also go to calibration.jsonl, for activation statistics; intents keep their shares."""
@@ -54,7 +45,7 @@ class IngestConfig(StageConfig):
     first of those whose answers are equal."""
 
     near_threshold: Annotated[float, OnlyWith("near_duplicates", ("together", "drop"))] = Field(0.8, ge=0.6, le=1)
-    """Questions count as almost equal from this share of common 5-byte pieces (Jaccard similarity) on."""
+    """Questions count as almost equal from this Jaccard similarity of their 5-byte shingles on."""
 
     schema_share: Annotated[float, OnlyWith("answers", ("auto", "json"))] = Field(default=0.98, gt=0.5, le=1)
     """What this share of the JSON answers has in common (a field, its type) is required of all of them."""
@@ -63,8 +54,8 @@ class IngestConfig(StageConfig):
     """Tokens that a row may have, chat template included; counted when a tokenizer is given."""
 
     over_long: Literal["drop", "cut", "fail"] = "drop"
-    """What happens to a row over `max_length`: quarantine, its question cut at the end (and told in cut.jsonl), or the
-    stage fails."""
+    """What happens to a row over `max_length`: quarantine, its question cut at the end (and listed in cut.jsonl), or
+    the stage fails."""
 
     chat_template: Annotated[Literal["model", "gemma"], RUN_WIDE] = "model"
     """The template that tokens are counted with: the tokenizer's own, or Gemma's for a base model that has none."""
@@ -73,7 +64,7 @@ class IngestConfig(StageConfig):
     """Fewer good rows than this to learn from fail the stage."""
 
     allow_few_rows: bool = False
-    """Go on, with a warning, when there are fewer good rows than `minimum_rows`."""
+    """Warn instead of failing when there are fewer good rows than `minimum_rows`."""
 
     max_quarantined_fraction: float = Field(default=0.1, ge=0, le=1)
     """A larger share of faulty rows fails the stage: then the file, not the rows, is likely to be wrong."""

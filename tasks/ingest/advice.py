@@ -1,33 +1,33 @@
-"""What a person should know of the data: errors that stop the stage, and warnings."""
+"""Errors and warnings about a dataset: too many faults, too few rows, uneven intents, long rows, leaks."""
 
 from collections import Counter
 from pathlib import Path
 
 from tasks.core.errors import BadData
 from tasks.ingest import IngestConfig
+from tasks.ingest.first_pass import ParsedRows
 from tasks.ingest.profile import SPLITS, Profile
-from tasks.ingest.row_outcomes import FAULTY
-from tasks.ingest.stage import Staged
+from tasks.ingest.row_faults import COUNTED_FAULTS
 
-FEW = 500
+ENOUGH_ROWS = 500
 OUT_OF_SCOPE_SHARE = 0.05
-RARE = 10
-UNEVEN = 20
+RARE_INTENT_ROWS = 10
+IMBALANCE = 20
 
 
-def gate(config: IngestConfig, profile: Profile, unreadable: int, out: Path) -> None:
+def check_dataset(config: IngestConfig, profile: Profile, unreadable: int, out: Path) -> None:
     """Raises BadData when too many rows are faulty, or too few are left."""
-    faulty = unreadable + sum(profile.faults.get(fault, 0) for fault in FAULTY)
+    faulty = unreadable + sum(profile.faults.get(fault, 0) for fault in COUNTED_FAULTS)
     total = unreadable + sum(profile.faults.values()) + sum(profile.rows[split] for split in SPLITS)
     if faulty > config.max_quarantined_fraction * total:
         raise BadData(
             f"{faulty} of {total} rows are faulty, more than max_quarantined_fraction="
             f"{config.max_quarantined_fraction} allows. {profile.top_reasons()} All are in {out / 'quarantine.jsonl'}"
         )
-    learnt = profile.rows["train"] + profile.rows["validation"]
-    if learnt < config.minimum_rows and not config.allow_few_rows:
+    usable = profile.rows["train"] + profile.rows["validation"]
+    if usable < config.minimum_rows and not config.allow_few_rows:
         raise BadData(
-            f"{learnt} good rows to learn from, fewer than minimum_rows={config.minimum_rows}: collect more "
+            f"{usable} good rows to learn from, fewer than minimum_rows={config.minimum_rows}: collect more "
             f"(500 or better 2000), or set allow_few_rows=true. {profile.top_reasons()}"
         )
     for split in ("train", "test"):
@@ -35,31 +35,33 @@ def gate(config: IngestConfig, profile: Profile, unreadable: int, out: Path) -> 
             raise BadData(f"no row is left for {split}: add rows, give {split}.jsonl, or change test_fraction or seed")
 
 
-def advise(config: IngestConfig, profile: Profile, staged: Staged, has_tokenizer: bool) -> list[str]:
+def advise(config: IngestConfig, profile: Profile, parsed: ParsedRows, has_tokenizer: bool) -> list[str]:
     """Warnings, each with what to do."""
-    warnings = [f"{name} was passed over: it is no data file" for name in staged.passed_over]
+    warnings = [f"{name} was skipped: it is no data file" for name in parsed.skipped_files]
     train = profile.rows["train"]
-    if train < FEW:
-        warnings.append(f"Only {train} rows to train on: expect a model that knows their wordings only; aim at {FEW}.")
+    if train < ENOUGH_ROWS:
+        warnings.append(
+            f"Only {train} rows to train on: expect a model that knows their wordings only; aim at {ENOUGH_ROWS}."
+        )
     if not profile.rows["validation"]:
         warnings.append("No row for validation: give validation.jsonl or raise validation_fraction.")
-    warnings += _of_intents(config, profile)
-    warnings += _of_lengths(config, profile, has_tokenizer)
-    if profile.kept_conflicts:
-        warnings.append(f"{profile.kept_conflicts} rows share their question with a row that answers otherwise.")
+    warnings += _intent_warnings(config, profile)
+    warnings += _length_warnings(config, profile, has_tokenizer)
+    if profile.conflicts:
+        warnings.append(f"{profile.conflicts} rows share their question with a row that answers otherwise.")
     if leaks := profile.faults.get("leak"):
         warnings.append(f"{leaks} rows were taken out of training: their question is held out.")
-    if profile.near and profile.near["answered_otherwise"]:
-        count = profile.near["answered_otherwise"]
+    if profile.near_duplicates and profile.near_duplicates["answered_otherwise"]:
+        count = profile.near_duplicates["answered_otherwise"]
         warnings.append(f"{count} rows ask almost what another row of their split asks, and are answered otherwise.")
-    if staged.kinds.too_many:
+    if parsed.kinds.too_many:
         warnings.append("The JSON answers have too many different fields: no schema was inferred.")
     if profile.quarantined:
         warnings.append(f"{profile.quarantined} rows are in quarantine.jsonl. {profile.top_reasons()}")
     return warnings
 
 
-def _of_intents(config: IngestConfig, profile: Profile) -> list[str]:
+def _intent_warnings(config: IngestConfig, profile: Profile) -> list[str]:
     intents, warnings = profile.intents["train"], []
     if not intents:
         return []
@@ -71,30 +73,38 @@ def _of_intents(config: IngestConfig, profile: Profile) -> list[str]:
         )
     if unseen := sorted(set(profile.intents["test"]) - set(intents)):
         warnings.append(f"Held out but never trained: {', '.join(unseen)}.")
-    rare = {name: count for name, count in intents.items() if count < RARE}
+    rare = {name: count for name, count in intents.items() if count < RARE_INTENT_ROWS}
     if rare:
-        shown = ", ".join(f"{name} ({count})" for name, count in sorted(rare.items(), key=lambda item: item[1])[:5])
-        warnings.append(f"{len(rare)} intents have fewer than {RARE} training rows: {shown}. Add some, or merge them.")
-    most = max(intents, key=lambda name: intents[name])
-    least = min(intents, key=lambda name: intents[name])
-    if intents[most] >= UNEVEN * intents[least]:
+        examples = ", ".join(f"{name} ({count})" for name, count in sorted(rare.items(), key=lambda item: item[1])[:5])
         warnings.append(
-            f"Intents are uneven: {intents[most]} training rows of {most}, {intents[least]} of {least}. The rare ones "
-            "will be mistaken for the frequent ones."
+            f"{len(rare)} intents have fewer than {RARE_INTENT_ROWS} training rows: {examples}. "
+            "Add some, or merge them."
         )
-    folded = Counter(name.strip().casefold().replace("-", "_").replace(" ", "_") for name in intents)
-    twins = sorted(name for name in intents if folded[name.strip().casefold().replace("-", "_").replace(" ", "_")] > 1)
-    if twins:
-        warnings.append(f"Intents that differ in spelling only: {', '.join(map(repr, twins))}. Make them one.")
+    largest = max(intents, key=lambda name: intents[name])
+    smallest = min(intents, key=lambda name: intents[name])
+    if intents[largest] >= IMBALANCE * intents[smallest]:
+        warnings.append(
+            f"Intents are uneven: {intents[largest]} training rows of {largest}, {intents[smallest]} of {smallest}. "
+            "The rare ones will be mistaken for the frequent ones."
+        )
+    spellings = Counter(map(_folded, intents))
+    variants = sorted(name for name in intents if spellings[_folded(name)] > 1)
+    if variants:
+        warnings.append(f"Intents that differ in spelling only: {', '.join(map(repr, variants))}. Make them one.")
     return warnings
 
 
-def _of_lengths(config: IngestConfig, profile: Profile, has_tokenizer: bool) -> list[str]:
+def _folded(intent: str) -> str:
+    """An intent's name without differences of spelling."""
+    return intent.strip().casefold().replace("-", "_").replace(" ", "_")
+
+
+def _length_warnings(config: IngestConfig, profile: Profile, has_tokenizer: bool) -> list[str]:
     tokens = profile.tokens
     if not has_tokenizer:
         return ["No tokenizer was given: rows over max_length were not looked for."]
     if tokens is None or not tokens.over:
         return []
-    done = {"drop": "in quarantine", "cut": "cut (cut.jsonl says which)"}.get(config.over_long, "an error")
+    outcome = {"drop": "in quarantine", "cut": "cut (cut.jsonl says which)"}.get(config.over_long, "an error")
     saved = ", ".join(f"{context} tokens would save {count}" for context, count in tokens.saved.items())
-    return [f"{tokens.over} rows are longer than max_length={tokens.max_length} tokens and {done}; {saved}."]
+    return [f"{tokens.over} rows are longer than max_length={tokens.max_length} tokens and {outcome}; {saved}."]

@@ -1,4 +1,4 @@
-"""A good row as its canonical line, and the numbers that decide what becomes of it."""
+"""Canonical line of a good row, with the hashes and lengths that splits and comparisons need."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,124 +6,124 @@ from typing import Any, NamedTuple
 import orjson
 from xxhash import xxh3_64_digest
 
-from tasks.ingest.row_shapes import MISSING, SHORT, Turn, type_name
+from tasks.ingest.row_shapes import PairShape
+from tasks.ingest.turns import PLACEHOLDERS, SHORT, Turn, type_name
 
 DEPTH = 2  # an answer's own fields, and those of the objects in them (`entities`)
-MOST_KINDS = 20_000
+MAX_KINDS = 20_000
 
 Signature = tuple[tuple[str, str, Any], ...]
-OPENING = {role: b'{"role":"%b","content":' % role.encode() for role in ("system", "user", "assistant")}
-ASKED = {role: b'["%b", ' % role.encode() for role in OPENING}
+LINE_OPENING = {role: b'{"role":"%b","content":' % role.encode() for role in ("system", "user", "assistant")}
+HASH_OPENING = {role: b'["%b", ' % role.encode() for role in LINE_OPENING}
+PAIR_LINE = b'{"messages":[{"role":"user","content":%b},{"role":"assistant","content":%b}],"intent":%b}\n'
 
 
-PAIR = b'{"messages":[{"role":"user","content":%b},{"role":"assistant","content":%b}],"intent":%b}\n'
-Canonical = tuple[bytes, bytes, bytes, "Kind", int, int]
-
-
-class Kind(NamedTuple):
-    """What many answers have in common: intent, and fields with their types; both None for text."""
+class AnswerKind(NamedTuple):
+    """Common form of many answers: intent, and fields with their types; both None for text."""
 
     intent: str | None
     signature: Signature | None
 
 
-TEXT = Kind(None, None)
+TEXT = AnswerKind(None, None)
 
 
-class Kinds:
-    """Numbers the kinds of answers; beyond `MOST_KINDS` fields are no longer told apart. Number 0 is text."""
+CanonicalRow = tuple[bytes, bytes, bytes, AnswerKind, int, int]
+"""A row's canonical line; XXH3 hashes of its question (with the seed) and its answer; the answer's kind; characters of
+the messages before the answer, and of the answer. A plain tuple: one is made for every row."""
+
+
+class AnswerKinds:
+    """Numbers the kinds of answers; beyond `MAX_KINDS` fields are no longer distinguished. Number 0 is text."""
 
     def __init__(self) -> None:
         self.all = [TEXT]
-        self._number = {TEXT: 0}
+        self._numbers = {TEXT: 0}
 
-    def number(self, kind: Kind) -> int:
-        """The kind's place in `all`."""
-        found = self._number.get(kind)
-        if found is not None:
-            return found
-        if len(self.all) >= MOST_KINDS and kind.signature is not None:
-            return self.number(Kind(kind.intent if len(self.all) < 2 * MOST_KINDS else None, None))
-        self._number[kind] = len(self.all)
+    def number(self, kind: AnswerKind) -> int:
+        """The kind's index in `all`."""
+        number = self._numbers.get(kind)
+        if number is not None:
+            return number
+        if len(self.all) >= MAX_KINDS and kind.signature is not None:
+            return self.number(AnswerKind(kind.intent if len(self.all) < 2 * MAX_KINDS else None, None))
+        self._numbers[kind] = len(self.all)
         self.all.append(kind)
-        return self._number[kind]
+        return self._numbers[kind]
 
     @property
     def too_many(self) -> bool:
-        """Whether some answers' fields were not looked at."""
-        return len(self.all) > MOST_KINDS
+        """Whether the fields of some answers were not distinguished."""
+        return len(self.all) > MAX_KINDS
 
 
-def canonical(turns: Sequence[Turn], salt: bytes, learn_all: bool) -> Canonical:
-    """The row's line; its question's hash (XXH3; it decides the split; `salt` is the seed); its answer's; its kind.
-
-    Then the characters of the messages before the answer, and of the answer.
+def canonical(turns: Sequence[Turn], salt: bytes, learn_all: bool) -> CanonicalRow:
+    """The canonical form of a row's turns; `salt` is the seed, and with the question decides the split.
 
     Raises ValueError when no message is to be learnt.
     """
     parts, questions = [], []
     for role, text, _ in turns:
         encoded = orjson.dumps(text)
-        parts.append(OPENING[role] + encoded)
-        questions.append(ASKED[role] + (encoded if text == text.strip() else orjson.dumps(text.strip())))
+        parts.append(LINE_OPENING[role] + encoded)
+        questions.append(HASH_OPENING[role] + (encoded if text == text.strip() else orjson.dumps(text.strip())))
     questions.pop()
-    answer, kind, intent = _answered(text, encoded)
+    answer, kind, intent = _parse_answer(text, encoded)
     labels = _labels(turns, learn_all) if len(turns) > 3 or not turns[-1][2] else b""
     line = b'{"messages":[' + b"},".join(parts) + b'}],"intent":' + intent + labels + b"}\n"
     question = salt + b"[" + b"], ".join(questions) + b"]]"
-    before = sum([len(turn[1]) for turn in turns]) - len(text)
-    return line, xxh3_64_digest(question), xxh3_64_digest(answer), kind, before, len(text)
+    prompt_chars = sum([len(turn[1]) for turn in turns]) - len(text)
+    return line, xxh3_64_digest(question), xxh3_64_digest(answer), kind, prompt_chars, len(text)
 
 
-def canonical_pair(value: Any, fields: tuple[str, str | None, str], salt: bytes) -> Canonical | None:
-    """The common row at a third of the cost: one question, one answer, nothing odd about either.
+def canonical_pair(row: Any, shape: PairShape, salt: bytes) -> CanonicalRow | None:
+    """The canonical form of a common row at a third of the cost: one question, one answer, nothing odd about either.
 
-    `fields` are the question's, what is added to it (or None), and the answer's. None means that `to_turns` and
-    `canonical` have to look at the row; control tokens, NUL and U+FFFD are the caller's to rule out.
+    None means that `to_turns` and `canonical` have to look at the row; control tokens, NUL and U+FFFD are the caller's
+    to rule out.
     """
-    first, second, last = fields
-    if type(value) is not dict or "system" in value:
+    if type(row) is not dict or "system" in row:
         return None
-    asked, text = value.get(first), value.get(last)
-    if type(asked) is not str or type(text) is not str or _odd(asked) or _odd(text):
+    prompt, text = row.get(shape.question), row.get(shape.answer)
+    if type(prompt) is not str or type(text) is not str or _is_suspect(prompt) or _is_suspect(text):
         return None
-    if second is not None and (more := value.get(second)):
-        if type(more) is not str or _odd(more):
+    if shape.context is not None and (context := row.get(shape.context)):
+        if type(context) is not str or _is_suspect(context):
             return None
-        asked = f"{asked}\n\n{more}"
-    encoded, told = orjson.dumps(asked), orjson.dumps(text)
-    stripped = asked.strip()
-    question = encoded if len(stripped) == len(asked) else orjson.dumps(stripped)
-    answer, kind, intent = _answered(text, told)
-    line = PAIR % (encoded, told, intent)
-    hashed = xxh3_64_digest(b'%b[["user", %b]]' % (salt, question))
-    return line, hashed, xxh3_64_digest(answer), kind, len(asked), len(text)
+        prompt = f"{prompt}\n\n{context}"
+    encoded, encoded_answer = orjson.dumps(prompt), orjson.dumps(text)
+    stripped = prompt.strip()
+    question = encoded if len(stripped) == len(prompt) else orjson.dumps(stripped)
+    answer, kind, intent = _parse_answer(text, encoded_answer)
+    line = PAIR_LINE % (encoded, encoded_answer, intent)
+    question_hash = xxh3_64_digest(b'%b[["user", %b]]' % (salt, question))
+    return line, question_hash, xxh3_64_digest(answer), kind, len(prompt), len(text)
 
 
-def _odd(text: str) -> bool:
-    """Whether `to_turns` may refuse this text: empty, short enough to stand for a missing value, or invisible."""
-    return not text or text.isspace() or (len(text) < SHORT and (text in MISSING or not text.isascii()))
+def _is_suspect(text: str) -> bool:
+    """Whether `to_turns` may refuse this text: empty, short enough for a placeholder, or invisible."""
+    return not text or text.isspace() or (len(text) < SHORT and (text in PLACEHOLDERS or not text.isascii()))
 
 
-def _answered(text: str, encoded: bytes) -> tuple[bytes, Kind, bytes]:
+def _parse_answer(text: str, encoded: bytes) -> tuple[bytes, AnswerKind, bytes]:
     """The answer as duplicates compare it, its kind, and its intent as JSON."""
     parsed = json_object(text)
     if parsed is None:
         return encoded, TEXT, b"null"
     intent = parsed.get("intent")
     intent = intent if isinstance(intent, str) and intent else None
-    kind = Kind(intent, signature(parsed))
+    kind = AnswerKind(intent, signature(parsed))
     return orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS), kind, orjson.dumps(intent)
 
 
 def _labels(turns: Sequence[Turn], learn_all: bool) -> bytes:
-    """Which messages are labels, where it is not the last alone."""
+    """The field `labels` of a canonical line; empty where the last message alone is one."""
     last = len(turns) - 1
-    found = [i for i, (_, _, learnt) in enumerate(turns) if learnt and (learn_all or i == last)]
-    found = [i for i in found if turns[i][0] == "assistant"]
-    if not found:
+    allowed = [i for i, (_, _, may_learn) in enumerate(turns) if may_learn and (learn_all or i == last)]
+    labels = [i for i in allowed if turns[i][0] == "assistant"]
+    if not labels:
         raise ValueError("no message is to be learnt: the assistant's have weight 0")
-    return b"" if found == [last] else b',"labels":' + orjson.dumps(found)
+    return b"" if labels == [last] else b',"labels":' + orjson.dumps(labels)
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -140,6 +140,6 @@ def json_object(text: str) -> dict[str, Any] | None:
 def signature(value: dict[str, Any], depth: int = DEPTH) -> Signature:
     """The object's fields, sorted: name, type, and for an object its own fields down to `depth`."""
     return tuple(
-        (name, type_name(one), signature(one, depth - 1) if depth > 1 and type(one) is dict else None)
-        for name, one in sorted(value.items())
+        (name, type_name(field), signature(field, depth - 1) if depth > 1 and type(field) is dict else None)
+        for name, field in sorted(value.items())
     )

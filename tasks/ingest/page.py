@@ -1,4 +1,4 @@
-"""The profile for a person: one self-contained page with pictures, and its words and tables as Markdown for Prefect."""
+"""The profile as one self-contained HTML page with charts, and as Markdown for Prefect."""
 
 import base64
 import html
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks.ingest.pictures import draw
+from tasks.ingest.charts import draw_charts
 from tasks.ingest.profile import QUANTILES, SPLITS, Profile
 
 STYLE = """
@@ -23,23 +23,23 @@ li { margin: .25rem 0; }
 
 
 class Section(NamedTuple):
-    """A heading, sentences, a table (its head first), and a picture's file name."""
+    """A heading, sentences, a table (its head first), and a chart's file name."""
 
     title: str
     sentences: Sequence[str] = ()
     table: Sequence[Sequence[object]] = ()
-    picture: str = ""
+    chart: str = ""
 
 
 def write_profile(profile: Profile, characters: dict[str, dict[int, int]], out: Path, warnings: list[str]) -> None:
-    """Writes profile.json, report/profile.html, report/profile.md and the pictures.
+    """Writes profile.json, report/profile.html, report/profile.md and the charts.
 
     `characters` counts good rows by characters of their `prompt` and `answer`.
     """
     (out / "profile.json").write_text(json.dumps(profile.to_json(), indent=1, ensure_ascii=False), encoding="utf-8")
     report = out / "report"
     report.mkdir(exist_ok=True)
-    draw(profile, characters, report)
+    draw_charts(profile, characters, report)
     sections = [*_sections(profile, warnings)]
     (report / "profile.md").write_text(_markdown(sections), encoding="utf-8")
     (report / "profile.html").write_text(_html(sections, report), encoding="utf-8")
@@ -47,25 +47,25 @@ def write_profile(profile: Profile, characters: dict[str, dict[int, int]], out: 
 
 def _sections(profile: Profile, warnings: list[str]) -> Iterator[Section]:
     files = ", ".join(f"{name} ({shape})" for name, shape in list(profile.shapes.items())[:20])
-    more = f" and {len(profile.shapes) - 20} more" if len(profile.shapes) > 20 else ""
+    remainder = f" and {len(profile.shapes) - 20} more" if len(profile.shapes) > 20 else ""
     rows = [("split", "rows"), *((split, profile.rows[split]) for split in (*SPLITS, "calibration"))]
-    yield Section("Rows", [f"Answers: {profile.answers}. Files: {files}{more}."], rows)
+    yield Section("Rows", [f"Answers: {profile.answers}. Files: {files}{remainder}."], rows)
     if warnings:
         yield Section("Advice", warnings)
     if profile.reasons:
         reasons = sorted(profile.reasons.items(), key=lambda item: -item[1])
-        told = [(reason, count, profile.first[reason]) for reason, count in reasons]
-        yield Section("Quarantine", table=[("reason", "rows", "first"), *told])
+        lines = [(reason, count, profile.first_rows[reason]) for reason, count in reasons]
+        yield Section("Quarantine", table=[("reason", "rows", "first"), *lines])
     if profile.intents["train"]:
-        yield Section("Intents", table=[*_intents(profile)], picture="intents.png")
+        yield Section("Intents", table=[*_intents(profile)], chart="intents.png")
     if profile.schema:
         fields = profile.schema["properties"]
         required = profile.schema["required"]
-        forms = [(name, _types(one["type"]), "yes" if name in required else "no") for name, one in fields.items()]
+        forms = [(name, _types(field["type"]), "yes" if name in required else "no") for name, field in fields.items()]
         yield Section("Fields of the answers", table=[("field", "type", "required"), *forms])
     lengths = [("length", *(f"p{int(q * 100)}" for q in QUANTILES))]
-    for name, found in profile.characters.items():
-        lengths.append((f"{name}, characters", *map(str, found.values())))
+    for name, quantiles in profile.characters.items():
+        lengths.append((f"{name}, characters", *map(str, quantiles.values())))
     sentences = []
     if (tokens := profile.tokens) is not None:
         lengths.append(("tokens", *map(str, (tokens.p0, tokens.p50, tokens.p90, tokens.p99, tokens.p100))))
@@ -107,8 +107,8 @@ def _html(sections: list[Section], report: Path) -> str:
             head, *rows = ([html.escape(str(cell)) for cell in row] for row in section.table)
             body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
             parts.append(f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table>")
-        if section.picture:
-            data = base64.b64encode((report / section.picture).read_bytes()).decode()
+        if section.chart:
+            data = base64.b64encode((report / section.chart).read_bytes()).decode()
             parts.append(f'<img alt="{section.title}" src="data:image/png;base64,{data}">')
     about = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     title = "<title>Dataset profile</title>"

@@ -1,4 +1,4 @@
-"""The dataset's profile: what was counted, as plain numbers. Pictures and words are made of it elsewhere."""
+"""Profile of a dataset: counts of rows, intents, faults and lengths, from which page, charts and advice are made."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import orjson
 import polars as pl
 
-from tasks.ingest.canonical import Kinds
-from tasks.ingest.tokens import Tokens
+from tasks.ingest.canonical import AnswerKinds
+from tasks.ingest.tokens import TokenLengths
 
 SPLITS = ("train", "validation", "test")
 QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
-SAME_REASON = (
+REASON_STARTS = (
     "not UTF-8", "not JSON but a Python dict", "not JSON: the row ends too early", "not JSON: more behind its end",
     "not JSON", "not CSV", "duplicate", "almost a duplicate", "the same question is held out",
     "almost the same question is held out", "the same question has another answer", "the answer lacks",
@@ -20,7 +20,8 @@ SAME_REASON = (
 
 
 class Profile(NamedTuple):
-    """Counts of a dataset. `rows` and `intents` are by split, `faults` by verdict, `reasons` as quarantined."""
+    """Counts of a dataset: `rows` and `intents` by split, `faults` by name, `reasons` by their common beginning, and
+    `first_rows` by reason; `conflicts` counts rows whose question has another answer in their split."""
 
     answers: str
     shapes: dict[str, str]
@@ -30,11 +31,11 @@ class Profile(NamedTuple):
     schema: dict[str, Any] | None
     faults: dict[str, int]
     reasons: dict[str, int]
-    first: dict[str, str]
-    kept_conflicts: int
-    near: dict[str, int] | None
+    first_rows: dict[str, str]
+    conflicts: int
+    near_duplicates: dict[str, int] | None
     characters: dict[str, dict[str, int]]
-    tokens: Tokens | None
+    tokens: TokenLengths | None
 
     @property
     def quarantined(self) -> int:
@@ -43,12 +44,12 @@ class Profile(NamedTuple):
 
     def top_reasons(self) -> str:
         """The most frequent reasons in a sentence, each with the first row that has it; empty when there is none."""
-        most = sorted(self.reasons.items(), key=lambda item: -item[1])[:3]
-        found = [f"{count} x {reason} (first: {self.first[reason]})" for reason, count in most]
-        return f"Most frequent: {'; '.join(found)}." if found else ""
+        frequent = sorted(self.reasons.items(), key=lambda item: -item[1])[:3]
+        texts = [f"{count} x {reason} (first: {self.first_rows[reason]})" for reason, count in frequent]
+        return f"Most frequent: {'; '.join(texts)}." if texts else ""
 
     def to_json(self) -> dict[str, Any]:
-        """What profile.json holds."""
+        """The content of profile.json."""
         return {
             "answers": self.answers,
             "shapes": self.shapes,
@@ -57,16 +58,18 @@ class Profile(NamedTuple):
             "entities": self.entities,
             "schema": self.schema,
             "quarantine": dict(sorted(self.reasons.items(), key=lambda item: -item[1])),
-            "conflicts_kept": self.kept_conflicts,
-            "near_duplicates": self.near,
+            "conflicts_kept": self.conflicts,
+            "near_duplicates": self.near_duplicates,
             "prompt_characters": self.characters["prompt"],
             "answer_characters": self.characters["answer"],
             "tokens": self.tokens._asdict() if self.tokens else None,
         }
 
 
-def count_intents(good: pl.DataFrame, kinds: Kinds) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """Rows of each intent by split, and how often each field of `entities` is there in train, by intent."""
+def count_intents(
+    good: pl.DataFrame, kinds: AnswerKinds
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Rows of each intent by split, and of each field of `entities` in train by intent."""
     intents: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     entities: dict[str, Counter[str]] = {}
     for split, number, count in good.group_by("split", "kind").len().sort("split", "kind").iter_rows():
@@ -90,7 +93,7 @@ def count_reasons(quarantine: Path) -> tuple[dict[str, int], dict[str, str]]:
     with quarantine.open("rb") as file:
         for text in file:
             line = orjson.loads(text)
-            reason = next((start for start in SAME_REASON if line["reason"].startswith(start)), line["reason"])
+            reason = next((start for start in REASON_STARTS if line["reason"].startswith(start)), line["reason"])
             counts[reason] += 1
             first.setdefault(reason, f"{line['file']}:{line['line']}")
     return dict(counts), first

@@ -1,4 +1,4 @@
-"""Why a row that could be read is not in a split, in words."""
+"""Reasons, in words, why rows that could be parsed are quarantined."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,60 +7,60 @@ import numpy as np
 import orjson
 import polars as pl
 
-from tasks.ingest.stage import Staged
+from tasks.ingest.first_pass import ParsedRows
 
 FAULTS = ("", "not_json", "schema", "over_long", "leak", "duplicate", "near_duplicate", "conflict")
 
 
-class Found(NamedTuple):
-    """What `verdict` and `lengths` found: `faults` (row, fault, other), words by kind of answer, `tokens` by row."""
+class FaultDetails(NamedTuple):
+    """`faults` has row, fault, other; the reasons of schema faults are by kind of answer, token counts by row."""
 
     faults: pl.DataFrame
-    odd: Mapping[int, str]
+    schema_reasons: Mapping[int, str]
     tokens: Mapping[int, int]
     max_length: int
 
 
-class Reasons:
-    """Says of a row's number why the row is in quarantine; five bytes a row, and the staged columns as they lie."""
+class QuarantineReasons:
+    """The reason by a row's number; five bytes a row beside the first pass's columns, which are not copied."""
 
-    def __init__(self, staged: Staged, found: Found, splits: pl.DataFrame) -> None:
-        self._files, self._found = staged.files, found
-        columns = (staged.rows[name].to_numpy() for name in ("file", "line", "kind", "question"))
+    def __init__(self, parsed: ParsedRows, details: FaultDetails, splits: pl.DataFrame) -> None:
+        self._files, self._details = parsed.files, details
+        columns = (parsed.rows[name].to_numpy() for name in ("file", "line", "kind", "question"))
         self._file, self._line, self._kind, self._question = columns
-        self._fault = np.zeros(staged.rows.height, dtype=np.uint8)
-        self._other = np.zeros(staged.rows.height, dtype=np.uint32)
-        rows = found.faults["row"].to_numpy()
+        self._fault = np.zeros(parsed.rows.height, dtype=np.uint8)
+        self._other = np.zeros(parsed.rows.height, dtype=np.uint32)
+        rows = details.faults["row"].to_numpy()
         codes = {name: code for code, name in enumerate(FAULTS)}
-        self._fault[rows] = found.faults["fault"].replace_strict(codes, return_dtype=pl.UInt8).to_numpy()
-        self._other[rows] = found.faults["other"].fill_null(0).to_numpy()
-        leaks = found.faults.filter(pl.col("fault") == "leak")
+        self._fault[rows] = details.faults["fault"].replace_strict(codes, return_dtype=pl.UInt8).to_numpy()
+        self._other[rows] = details.faults["other"].fill_null(0).to_numpy()
+        leaks = details.faults.filter(pl.col("fault") == "leak")
         self._split = dict(leaks.join(splits, on="row").select("row", "split").iter_rows())
 
     def __call__(self, row: int) -> str:
-        """The reason."""
+        """The reason why the row is in quarantine."""
         fault, other = FAULTS[self._fault[row]], int(self._other[row])
         if fault == "schema":
-            return self._found.odd[int(self._kind[row])]
+            return self._details.schema_reasons[int(self._kind[row])]
         if fault == "over_long":
-            return f"{self._found.tokens[row]} tokens, more than max_length={self._found.max_length}"
+            return f"{self._details.tokens[row]} tokens, more than max_length={self._details.max_length}"
         if fault == "not_json":
             return "the answer should be a JSON object, as most answers are, and is not"
         almost = "" if self._question[row] == self._question[other] else "almost "
         if fault == "leak":
             split = self._split[row]
-            return f"{almost}the same question is held out ({self.where(other)}), so {split} must not hold it"
+            return f"{almost}the same question is held out ({self.location(other)}), so {split} must not hold it"
         return {
-            "duplicate": f"duplicate of {self.where(other)}",
-            "near_duplicate": f"almost a duplicate of {self.where(other)}: nearly its question, and its answer",
-            "conflict": f"the same question has another answer at {self.where(other)}; keep the right one",
+            "duplicate": f"duplicate of {self.location(other)}",
+            "near_duplicate": f"almost a duplicate of {self.location(other)}: nearly its question, and its answer",
+            "conflict": f"the same question has another answer at {self.location(other)}; keep the right one",
         }[fault]
 
-    def where(self, row: int) -> str:
+    def location(self, row: int) -> str:
         """File and line of a row."""
         return f"{self._files[self._file[row]][0]}:{self._line[row]}"
 
-    def quarantined(self, row: int, line: bytes) -> bytes:
-        """The row as it was understood, for quarantine.jsonl: its canonical line stands for what was found."""
+    def quarantine_line(self, row: int, line: bytes) -> bytes:
+        """The row's line of quarantine.jsonl, with its canonical line as `raw`."""
         file, number = self._files[self._file[row]][0], int(self._line[row])
         return orjson.dumps({"file": file, "line": number, "reason": self(row), "raw": line.decode()}) + b"\n"

@@ -1,4 +1,4 @@
-"""Between the two passes: everything that is decided on columns, and what it needs of the rows' text."""
+"""Selects rows between the two passes: faults, splits, calibration and cut rows, from columns and token counts."""
 
 from typing import Any, NamedTuple
 
@@ -9,63 +9,71 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Row
 from tasks.ingest import IngestConfig
-from tasks.ingest.reasons import Found
-from tasks.ingest.row_outcomes import (
-    NOBODY,
+from tasks.ingest.first_pass import ParsedRows, canonical_lines
+from tasks.ingest.reasons import FaultDetails
+from tasks.ingest.row_faults import (
+    NO_OTHER_ROW,
     answer_faults,
+    answer_format,
     answer_schema,
-    answers_kind,
+    assign_splits,
     count_conflicts,
     repeated,
-    split_and_compare,
 )
 from tasks.ingest.splits import pick_calibration
-from tasks.ingest.stage import Staged, staged_lines
-from tasks.ingest.tokens import Tokens, summarise
+from tasks.ingest.tokens import TokenLengths, summarise
 
 
-class Judged(NamedTuple):
-    """`good` rows with their `split`; `compared` are those with a split, good or not; `near` counts groups.
+class CutRow(NamedTuple):
+    """The canonical line of a row whose question was shortened, and its tokens before."""
 
-    `cut` are the lines that were shortened and their tokens before; `calibration` the places in calibration.jsonl.
+    line: bytes
+    tokens: int
+
+
+class Selection(NamedTuple):
+    """The `good` rows with their `split`; `split_rows` are all rows with a split.
+
+    `cut` is by row number, `calibration` the index in calibration.jsonl by row number; `near_duplicates` counts groups.
     """
 
     answers: str
     schema: dict[str, Any] | None
     good: pl.DataFrame
-    compared: pl.DataFrame
-    found: Found
-    cut: dict[int, tuple[bytes, int]]
+    split_rows: pl.DataFrame
+    fault_details: FaultDetails
+    cut: dict[int, CutRow]
     calibration: dict[int, int]
-    near: dict[str, int] | None
-    tokens: Tokens | None
+    near_duplicates: dict[str, int] | None
+    tokens: TokenLengths | None
 
 
-def judge(config: IngestConfig, staged: Staged, tokenizer: ModelDir | None, job: Job) -> Judged:
-    """Decides on every staged row. Raises BadData for rows over max_length where the config says `fail`."""
-    answers = answers_kind(config, staged)
-    schema = answer_schema(config, staged) if answers == "json" else None
-    good = staged.rows.with_row_index("row")
-    faults, odd = answer_faults(good, staged.kinds, schema, answers == "json")
+def select_rows(config: IngestConfig, parsed: ParsedRows, tokenizer: ModelDir | None, job: Job) -> Selection:
+    """Selects the parsed rows. Raises BadData for rows over max_length where the config says `fail`."""
+    answers = answer_format(config, parsed)
+    schema = answer_schema(config, parsed) if answers == "json" else None
+    good = parsed.rows.with_row_index("row")
+    faults, schema_reasons = answer_faults(good, parsed.kinds, schema, answers == "json")
     good = _without(good, faults)
-    tokens, long, cut = _lengths(config, tokenizer, good, staged, job)
-    rows = pl.DataFrame({"row": pl.Series(list(long), dtype=pl.UInt32)})
-    too_long = rows.select("row", fault=pl.lit("over_long"), other=NOBODY)
-    compared = _grouped(config, _without(good, too_long), staged, job)
-    intents = _intent_numbers(staged)
-    given = {number: split for number, (_, split) in enumerate(staged.files)}
-    compared, among = split_and_compare(config, compared, given, intents, answers == "json")
-    good = _without(compared, among)
-    chosen = pick_calibration(good.filter(pl.col("split") == "train"), intents, config.calibration_rows)
-    return Judged(
+    tokens, over_long, cut = _lengths(config, tokenizer, good, parsed, job)
+    rows = pl.DataFrame({"row": pl.Series(list(over_long), dtype=pl.UInt32)})
+    length_faults = rows.select("row", fault=pl.lit("over_long"), other=NO_OTHER_ROW)
+    grouped = _with_groups(config, _without(good, length_faults), parsed, job)
+    intents = _intent_numbers(parsed)
+    file_splits = {number: split for number, (_, split) in enumerate(parsed.files)}
+    split_rows, comparison_faults = assign_splits(config, grouped, file_splits, intents, answers == "json")
+    good = _without(split_rows, comparison_faults)
+    calibration = pick_calibration(good.filter(pl.col("split") == "train"), intents, config.calibration_rows)
+    all_faults = pl.concat([faults, length_faults, comparison_faults])
+    return Selection(
         answers=answers,
         schema=schema.to_json() if schema else None,
         good=good,
-        compared=compared,
-        found=Found(pl.concat([faults, too_long, among]), odd, long, config.max_length),
+        split_rows=split_rows,
+        fault_details=FaultDetails(all_faults, schema_reasons, over_long, config.max_length),
         cut=cut,
-        calibration=dict(chosen.select("row", "place").iter_rows()),
-        near=_near(config, compared, good),
+        calibration=dict(calibration.select("row", "index").iter_rows()),
+        near_duplicates=_count_groups(config, split_rows, good),
         tokens=tokens,
     )
 
@@ -74,64 +82,66 @@ def _without(rows: pl.DataFrame, faults: pl.DataFrame) -> pl.DataFrame:
     return rows.join(faults, on="row", how="anti", maintain_order="left") if faults.height else rows
 
 
-def _intent_numbers(staged: Staged) -> dict[int, int]:
+def _intent_numbers(parsed: ParsedRows) -> dict[int, int]:
     """A number for each kind's intent; 0 for answers without one."""
-    names = sorted({kind.intent for kind in staged.kinds.all if kind.intent})
-    places = {name: place for place, name in enumerate(names, start=1)}
-    return {number: places.get(kind.intent or "", 0) for number, kind in enumerate(staged.kinds.all)}
+    names = sorted({kind.intent for kind in parsed.kinds.all if kind.intent})
+    numbers = {name: number for number, name in enumerate(names, start=1)}
+    return {index: numbers.get(kind.intent or "", 0) for index, kind in enumerate(parsed.kinds.all)}
 
 
 def _lengths(
-    config: IngestConfig, tokenizer: ModelDir | None, rows: pl.DataFrame, staged: Staged, job: Job
-) -> tuple[Tokens | None, dict[int, int], dict[int, tuple[bytes, int]]]:
-    """What was counted; rows that must go, with their tokens; rows that were cut."""
+    config: IngestConfig, tokenizer: ModelDir | None, rows: pl.DataFrame, parsed: ParsedRows, job: Job
+) -> tuple[TokenLengths | None, dict[int, int], dict[int, CutRow]]:
+    """Token lengths; rows over the limit that must go, with their tokens; rows that were cut."""
     if tokenizer is None or not rows.height:
         return None, {}, {}
-    from tasks.engine.models.load import load_tokenizer  # noqa: PLC0415  (torch: only where a tokenizer is given)
+    from tasks.engine.data.tokenizers import load_tokenizer  # noqa: PLC0415  (torch: only where a tokenizer is given)
     from tasks.ingest.lengths import count_lengths, cut_question, lines_of  # noqa: PLC0415
 
     loaded = load_tokenizer(tokenizer, config.chat_template)
-    lengths = count_lengths(loaded, rows, staged.lines, config.max_length, job)
+    lengths = count_lengths(loaded, rows, parsed.line_files, config.max_length, job)
     over = lengths.over(config.max_length)
     summary = summarise(lengths.histogram, over["tokens"], lengths.counted.height, config.max_length)
-    long = dict(over.iter_rows())
-    if not long or config.over_long == "drop":
-        return summary, long, {}
+    over_long = dict(over.iter_rows())
+    if not over_long or config.over_long == "drop":
+        return summary, over_long, {}
     if config.over_long == "fail":
-        row, tokens = next(iter(long.items()))
-        place = f"{staged.files[staged.rows['file'][row]][0]}:{staged.rows['line'][row]}"
+        row, tokens = next(iter(over_long.items()))
+        location = f"{parsed.files[parsed.rows['file'][row]][0]}:{parsed.rows['line'][row]}"
         raise BadData(
-            f"{len(long)} rows are longer than max_length={config.max_length} tokens (first: {place} with {tokens}); "
-            f"raise max_length, shorten them, or set over_long to drop or cut"
+            f"{len(over_long)} rows are longer than max_length={config.max_length} tokens (first: {location} with "
+            f"{tokens}); raise max_length, shorten them, or set over_long to drop or cut"
         )
-    cut: dict[int, tuple[bytes, int]] = {}
-    for row, line in zip(long, lines_of(staged.lines, over["row"]), strict=True):
+    cut: dict[int, CutRow] = {}
+    for row, line in zip(over_long, lines_of(parsed.line_files, over["row"]), strict=True):
         shorter = cut_question(loaded, Row.model_validate_json(line), config.max_length)
         if shorter is not None:
-            cut[row] = (shorter.model_dump_json(exclude_none=False).encode(), long[row])
-    return summary, {row: tokens for row, tokens in long.items() if row not in cut}, cut
+            cut[row] = CutRow(shorter.model_dump_json(exclude_none=False).encode(), over_long[row])
+    return summary, {row: tokens for row, tokens in over_long.items() if row not in cut}, cut
 
 
-def _grouped(config: IngestConfig, rows: pl.DataFrame, staged: Staged, job: Job) -> pl.DataFrame:
+def _with_groups(config: IngestConfig, rows: pl.DataFrame, parsed: ParsedRows, job: Job) -> pl.DataFrame:
     """Adds `group`: the question's hash, or with near duplicates the lowest one among those that are almost equal."""
     if config.near_duplicates == "off":
         return rows.with_columns(group=pl.col("question"))
     from tasks.ingest.near_duplicates import near_groups  # noqa: PLC0415  (numpy and rensa, rarely needed)
 
     job.progress(0, 1, "steps", "looking for almost equal questions")
-    first = near_groups(staged_lines(staged.lines), staged.rows.height, config.near_threshold, job.work / "near")
+    lines, total = canonical_lines(parsed.line_files), parsed.rows.height
+    first = near_groups(lines, total, config.near_threshold, job.work / "near")
     with_first = rows.with_columns(first=pl.Series(first[rows["row"].to_numpy()]))
     lowest = repeated(with_first, "first").group_by("first").agg(group=pl.col("question").min())
     joined = with_first.join(lowest, on="first", how="left", maintain_order="left")
     return joined.with_columns(pl.coalesce("group", "question").alias("group")).drop("first")
 
 
-def _near(config: IngestConfig, compared: pl.DataFrame, good: pl.DataFrame) -> dict[str, int] | None:
+def _count_groups(config: IngestConfig, split_rows: pl.DataFrame, good: pl.DataFrame) -> dict[str, int] | None:
+    """Groups of almost equal questions, the questions in them, and the good rows that differ in their answers."""
     if config.near_duplicates == "off":
         return None
-    several = compared.select("group", "question").unique().filter(pl.col("group").is_duplicated())
+    questions = split_rows.select("group", "question").unique().filter(pl.col("group").is_duplicated())
     return {
-        "groups": several["group"].n_unique(),
-        "questions": several.height,
+        "groups": questions["group"].n_unique(),
+        "questions": questions.height,
         "answered_otherwise": count_conflicts(good, "group"),
     }

@@ -12,7 +12,7 @@ from tasks.ingest import IngestConfig
 
 
 def ingest(config: IngestConfig, files: Path, out: Path, job: Job, tokenizer: ModelDir | None = None) -> Report:
-    """`files` is a file or a directory; `tokenizer` is a model whose tokens rows are counted in.
+    """Checks, splits and profiles the rows of `files`, a file or directory, with lengths in `tokenizer`'s tokens.
 
     Raises BadData for files that cannot be used at all, too few good rows, or too many faulty ones.
     """

@@ -1,12 +1,12 @@
-"""What JSON answers have in common, inferred from them, and which ones stand out."""
+"""Schema of the JSON answers, inferred from most of them, and the answers that do not fit it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.ingest.canonical import Kind, Kinds, Signature
+from tasks.ingest.canonical import AnswerKind, AnswerKinds, Signature
 
-MOST_VALUES = 100
+MAX_ENUM = 100
 JSON_TYPES = {"an object": "object", "a list": "array", "an empty list": "array", "a boolean": "boolean",
               "a number": "number", "null": "null", "a string": "string"}  # fmt: skip
 WORDS = {kind: words for words, kind in reversed(JSON_TYPES.items())}
@@ -15,7 +15,7 @@ WORDS = {kind: words for words, kind in reversed(JSON_TYPES.items())}
 class Schema:
     """Fields that `share` of the answers have, and the types that `share` of a field's values have."""
 
-    def __init__(self, kinds: Sequence[tuple[Kind, int]], share: float) -> None:
+    def __init__(self, kinds: Sequence[tuple[AnswerKind, int]], share: float) -> None:
         self.intents: Counter[str] = Counter()
         self._share = share
         self.total = sum(count for _, count in kinds)
@@ -25,30 +25,30 @@ class Schema:
         for kind, count in kinds:
             if kind.intent:
                 self.intents[kind.intent] += count
-            for name, found, inner in kind.signature or ():
+            for name, type_words, inner in kind.signature or ():
                 self.fields[name] += count
-                self.types.setdefault(name, Counter())[_json_type(found)] += count
-                for field, one, _ in inner or ():
-                    self.inner.setdefault(name, {}).setdefault(field, Counter())[_json_type(one)] += count
+                self.types.setdefault(name, Counter())[_json_type(type_words)] += count
+                for field, inner_words, _ in inner or ():
+                    self.inner.setdefault(name, {}).setdefault(field, Counter())[_json_type(inner_words)] += count
         self.required = sorted(name for name, count in self.fields.items() if count >= share * self.total)
         self.typed = {name: expected for name, counts in self.types.items() if (expected := self._expected(counts))}
 
     def _expected(self, counts: Counter[str]) -> str | None:
-        most, count = counts.most_common(1)[0]
-        return most if count >= self._share * sum(counts.values()) and sum(counts.values()) > 1 else None
+        json_type, count = counts.most_common(1)[0]
+        return json_type if count >= self._share * sum(counts.values()) and sum(counts.values()) > 1 else None
 
     def fault(self, signature: Signature) -> str | None:
-        """Why an answer of this form stands out; None when it does not."""
+        """The reason why an answer of this form does not fit; None when it does."""
         names = {name for name, _, _ in signature}
         for name in self.required:
             if name not in names:
                 return f"the answer lacks {name!r}, which {self.fields[name]} of {self.total} answers have"
-        for name, found, _ in signature:
+        for name, type_words, _ in signature:
             expected = self.typed.get(name)
-            if expected and _json_type(found) != expected:
+            if expected and _json_type(type_words) != expected:
                 count = self.types[name][expected]
                 share = f"{count} of {self.fields[name]}"
-                return f"the answer's {name!r} is {found}; in {share} answers it is {WORDS[expected]}"
+                return f"the answer's {name!r} is {type_words}; in {share} answers it is {WORDS[expected]}"
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -58,22 +58,23 @@ class Schema:
             properties[name] = {"type": self.typed.get(name) or sorted(counts)}
             if name in self.inner:
                 properties[name]["properties"] = {
-                    field: {"type": _one_or_all(types)} for field, types in sorted(self.inner[name].items())
+                    field: {"type": _type_or_types(types)} for field, types in sorted(self.inner[name].items())
                 }
-        if "intent" in properties and self.intents and len(self.intents) <= MOST_VALUES:
+        if "intent" in properties and self.intents and len(self.intents) <= MAX_ENUM:
             properties["intent"]["enum"] = sorted(self.intents)
         return {"type": "object", "properties": properties, "required": self.required}
 
 
-def infer(kinds: Kinds, counts: Mapping[int, int], share: float) -> Schema | None:
+def infer(kinds: AnswerKinds, counts: Mapping[int, int], share: float) -> Schema | None:
     """The schema of all JSON answers, given how many rows there are of each kind; None when they are too various."""
-    found = [(kinds.all[number], count) for number, count in counts.items() if kinds.all[number].signature is not None]
-    return Schema(found, share) if found and not kinds.too_many else None
+    numbered = ((kinds.all[number], count) for number, count in counts.items())
+    json_kinds = [(kind, count) for kind, count in numbered if kind.signature is not None]
+    return Schema(json_kinds, share) if json_kinds and not kinds.too_many else None
 
 
 def _json_type(name: str) -> str:
     return JSON_TYPES.get(name, "string")
 
 
-def _one_or_all(counts: Counter[str]) -> str | list[str]:
+def _type_or_types(counts: Counter[str]) -> str | list[str]:
     return next(iter(counts)) if len(counts) == 1 else sorted(counts)

@@ -1,4 +1,4 @@
-"""What token lengths say: how many rows pass the limit, and how many a bigger context would save. No tokenizer here."""
+"""Summary of token lengths: quantiles, histogram, rows over the limit, and how many a longer context would save."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import polars as pl
 BINS = 40
 
 
-class Tokens(NamedTuple):
+class TokenLengths(NamedTuple):
     """`p*` are quantiles over the `sampled` rows; `saved` says how many of the `over` rows fit in a longer context."""
 
     sampled: int
@@ -24,19 +24,22 @@ class Tokens(NamedTuple):
     bin: int
 
 
-def summarise(sampled: pl.Series, over: pl.Series, counted: int, max_length: int) -> Tokens:
-    """`sampled` and `over` are lengths; `histogram` counts the sampled ones in steps of `bin` tokens."""
+def summarise(sampled: pl.Series, over: pl.Series, counted: int, max_length: int) -> TokenLengths:
+    """Summarises the lengths of the `sampled` rows and of those `over` the limit.
+
+    The result's `histogram` counts the sampled lengths in steps of `bin` tokens.
+    """
     longest = int(over.max() or sampled.max() or 0)  # type: ignore[arg-type]
     width = max(1, -(-max(int(sampled.max() or 0), 1) // BINS))  # type: ignore[arg-type]
     bins = (sampled // width).value_counts()
     histogram = [0] * (int(sampled.max() or 0) // width + 1)  # type: ignore[arg-type]
-    for place, count in bins.iter_rows():
-        histogram[place] = count
+    for index, count in bins.iter_rows():
+        histogram[index] = count
     saved, context = {}, max_length
     while len(over) and context < longest:
         context *= 2
         saved[context] = int((over <= context).sum())
     p0, p50, p90, p99, p100 = (int(sampled.quantile(share, "nearest") or 0) for share in (0, 0.5, 0.9, 0.99, 1))
-    return Tokens(
+    return TokenLengths(
         len(sampled), counted, p0, p50, p90, p99, p100, max_length, len(over), saved, histogram, width
     )  # fmt: skip

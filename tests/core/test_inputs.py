@@ -54,10 +54,15 @@ def test_another_use_keeps_an_input(settings: Settings, old: Path) -> None:
 
 
 def test_no_input_is_removed_while_another_process_runs_a_stage(settings: Settings, old: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from tasks.core.inputs import inputs_in_use; from tasks.core.settings import "
-        "Settings\nwith inputs_in_use(Settings(home=Path(sys.argv[1]))):\n  print('in', flush=True)\n  sys.stdin.read()"
-    )
+    code = """
+import sys
+from pathlib import Path
+from tasks.core.inputs import inputs_in_use
+from tasks.core.settings import Settings
+with inputs_in_use(Settings(home=Path(sys.argv[1]))):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
     stage = subprocess.Popen(
         [sys.executable, "-c", code, str(settings.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )

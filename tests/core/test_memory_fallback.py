@@ -34,7 +34,9 @@ def test_the_seeds_protocol_from_the_first_level_to_the_last():
     assert (last.max_length, last.rank, last.use_dora, last.target_modules) == (2048, 32, False, ["q_proj", "v_proj"])
     assert last.alpha / last.rank == config.alpha / config.rank
     assert [is_lossless(config, level) for level in range(9)] == [True] * 5 + [False] * 4
-    with pytest.raises(BadConfig, match=r"last of 8 memory fallback levels \(micro-batch 4 -> 2.*smaller max_length \(now 4096\)"):
+    with pytest.raises(
+        BadConfig, match=r"last of 8 memory fallback levels \(micro-batch 4 -> 2.*smaller max_length \(now 4096\)"
+    ):
         config_at_level(config, 9)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of ingest share: rows, and running the stage in a temporary directory."""
+"""Rows for the tests of ingest, and a fixture that runs the stage in a temporary directory."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.pico import pico_tokenizer
 SPLITS = ("train", "validation", "test")
 
 
-class Ran:
+class Run:
     """One run of the stage: its report and what it wrote."""
 
     def __init__(self, out: Path, report: Report) -> None:
@@ -31,7 +31,7 @@ class Ran:
     def all(self) -> list[Row]:
         return [row for split in SPLITS for row in self.rows(split)]
 
-    def sides(self) -> dict[str, str]:
+    def splits(self) -> dict[str, str]:
         """The split of each question."""
         return {row.messages[-2].content: split for split in SPLITS for row in self.rows(split)}
 
@@ -43,18 +43,18 @@ class Ran:
 
 
 @pytest.fixture
-def go(tmp_path: Path) -> Callable[..., Ran]:
+def go(tmp_path: Path) -> Callable[..., Run]:
     """Runs the stage on rows (or a path) with settings, each time into a directory of its own."""
 
-    def run(data: Any, tokenizer: ModelDir | None = None, **config: Any) -> Ran:
-        place = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
-        out = place / "out"
+    def run(data: Any, tokenizer: ModelDir | None = None, **config: Any) -> Run:
+        directory = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        out = directory / "out"
         out.mkdir(parents=True)
         files = data
         if not isinstance(data, Path):
-            files = place / "train.jsonl"
+            files = directory / "train.jsonl"
             files.write_text("".join(json.dumps(row) + "\n" for row in data))
-        return Ran(out, ingest(IngestConfig(**config), files, out, Job(place / "work"), tokenizer))
+        return Run(out, ingest(IngestConfig(**config), files, out, Job(directory / "work"), tokenizer))
 
     return run
 

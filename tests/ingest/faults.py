@@ -1,7 +1,7 @@
 """A deliberately broken dataset: every kind of fault that ingest knows, each in a row of its own.
 
-python -m tests.ingest.faults            # the table in docs/data.md: each kind and what ingest said
-python -m tests.ingest.faults --write    # puts it there
+python -m tests.ingest.faults            # prints the table of docs/data.md: each kind and ingest's reason
+python -m tests.ingest.faults --write    # writes it to docs/data.md
 """
 
 import csv
@@ -34,12 +34,12 @@ INTENTS = ("close_audit", "report_issue", "out_of_scope")
 
 
 class Fault(NamedTuple):
-    """`what` is wrong with the row at `line` of `file`, and a part of what must be said."""
+    """A row with a fault: the fault's name, file and line, and a part of the reason that ingest must give."""
 
-    what: str
+    name: str
     file: str
     line: int
-    said: str
+    reason: str
 
 
 def question(random: Random) -> str:
@@ -59,21 +59,21 @@ def chat(random: Random) -> list[dict[str, Any]]:
 
 
 def write_broken(directory: Path) -> list[Fault]:
-    """Writes train.jsonl, test.jsonl, chat.jsonl, table.csv and array.json; returns what is wrong in them."""
+    """Writes train.jsonl, test.jsonl, chat.jsonl, table.csv and array.json; returns their faults."""
     random = Random(0)
     held_out = [alpaca(random) for _ in range(60)]
     _lines(directory / "test.jsonl", held_out)
     good = [alpaca(random) for _ in range(300)]
-    plain = _plain(random) + _alone(random) + _together(good, held_out)
+    plain = _no_objects(random) + _faulty_rows(random) + _duplicates_and_leaks(good, held_out)
     _lines(directory / "train.jsonl", [*good, *(row for _, row, _ in plain)])
-    faults = [Fault(what, "train.jsonl", 301 + i, said) for i, (what, _, said) in enumerate(plain)]
+    faults = [Fault(name, "train.jsonl", 301 + i, reason) for i, (name, _, reason) in enumerate(plain)]
     chats = _chats(random)
     _lines(directory / "chat.jsonl", [*({"messages": chat(random)} for _ in range(60)), *(row for _, row, _ in chats)])
-    faults += [Fault(what, "chat.jsonl", 61 + i, said) for i, (what, _, said) in enumerate(chats)]
+    faults += [Fault(name, "chat.jsonl", 61 + i, reason) for i, (name, _, reason) in enumerate(chats)]
     return [*faults, *_table(directory / "table.csv", random), *_array(directory / "array.json", random)]
 
 
-def _plain(random: Random) -> list[tuple[str, Any, str]]:
+def _no_objects(random: Random) -> list[tuple[str, Any, str]]:
     """Lines that are no JSON object."""
     row = json.dumps(alpaca(random)).encode()
     return [
@@ -92,7 +92,7 @@ def _plain(random: Random) -> list[tuple[str, Any, str]]:
     ]
 
 
-def _alone(random: Random) -> list[tuple[str, Any, str]]:
+def _faulty_rows(random: Random) -> list[tuple[str, Any, str]]:
     """Rows that are wrong by themselves."""
 
     def row(**fields: Any) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def _alone(random: Random) -> list[tuple[str, Any, str]]:
     ]
 
 
-def _together(good: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[tuple[str, Any, str]]:
-    """Rows that are wrong beside others."""
+def _duplicates_and_leaks(good: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> list[tuple[str, Any, str]]:
+    """Rows that are wrong in comparison with others."""
     spaced = json.dumps(json.loads(good[1]["output"]), indent=2)
     other = json.dumps({"intent": "other_intent", "entities": {}})
     almost = [row["instruction"].replace(".", " !").capitalize() for row in (good[2], held_out[1])]
@@ -149,22 +149,26 @@ def _chats(random: Random) -> list[tuple[str, Any, str]]:
     def row(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
         return {"messages": list(messages), **fields}
 
-    (user, said), (more, _) = chat(random), chat(random)
+    (user, answer), (second_user, _) = chat(random), chat(random)
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "close"}}]}
     return [
-        ("assistant first", row(said, user, said), "message 1 is assistant's, not user's"),
-        ("user twice", row(user, more, said), "message 2 is user's, not assistant's"),
-        ("no answer at the end", row(user, said, more), "the last message is not the assistant's"),
-        ("system in the middle", row(user, {"role": "system", "content": "Be brief."}, said), "message 2 is system's"),
+        ("assistant first", row(answer, user, answer), "message 1 is assistant's, not user's"),
+        ("user twice", row(user, second_user, answer), "message 2 is user's, not assistant's"),
+        ("no answer at the end", row(user, answer, second_user), "the last message is not the assistant's"),
+        (
+            "system in the middle",
+            row(user, {"role": "system", "content": "Be brief."}, answer),
+            "message 2 is system's",
+        ),
         ("unknown role", row(user, {"role": "tool", "content": "7"}), "unknown role 'tool'"),
         ("no messages", row(), "messages must be a list with a message or more, and are an empty list"),
         ("messages as text", {"messages": "user: hello"}, "messages must be a list with a message or more"),
         ("message as text", row(user, "hello"), "message 2 is not an object but a string"),  # type: ignore[arg-type]
         ("message without content", row(user, {"role": "assistant"}), "message 2 has no content"),
-        ("picture", row(image, said), "message 1 has a part that is no text (image_url)"),
+        ("picture", row(image, answer), "message 1 has a part that is no text (image_url)"),
         ("tool call", row(user, call), "message 2 calls a tool"),
-        ("nothing to learn", row(user, {**said, "weight": 0}), "no message is to be learnt"),
+        ("nothing to learn", row(user, {**answer, "weight": 0}), "no message is to be learnt"),
     ]
 
 
@@ -175,13 +179,13 @@ def _table(path: Path, random: Random) -> list[Fault]:
     writer.writerows([question(random), answer(random)] for _ in range(40))
     rows = ["only a question", 'turn valve, open gate,"{}"', "b\udce9lt," + "x", '"turn" valve,x']
     path.write_bytes((text.getvalue() + "\n".join(rows) + "\n").encode(errors="surrogateescape"))
-    told = [
+    faults = [
         ("CSV: a field is missing", "1 fields, not the header's 2"),
         ("CSV: a comma without quotes", "3 fields, not the header's 2"),
         ("CSV: another encoding", "not UTF-8: byte 0xe9"),
         ("CSV: a stray quote", "is a quote left open"),
     ]
-    return [Fault(what, path.name, line, said) for line, (what, said) in enumerate(told, start=42)]
+    return [Fault(name, path.name, line, reason) for line, (name, reason) in enumerate(faults, start=42)]
 
 
 def _array(path: Path, random: Random) -> list[Fault]:
@@ -195,7 +199,7 @@ def _lines(path: Path, rows: list[Any]) -> None:
     path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows) + b"\n")
 
 
-def told(directory: Path) -> tuple[list[Fault], dict[tuple[str, int], str]]:
+def quarantine_reasons(directory: Path) -> tuple[list[Fault], dict[tuple[str, int], str]]:
     """The faults, and the quarantine's reason at each file and line."""
     faults = write_broken(directory / "in")
     (directory / "out").mkdir()
@@ -206,11 +210,11 @@ def told(directory: Path) -> tuple[list[Fault], dict[tuple[str, int], str]]:
 
 
 def table() -> str:
-    """The kinds of faults and what was said of each, as Markdown."""
+    """The kinds of faults and the reason that ingest gives for each, as Markdown."""
     with tempfile.TemporaryDirectory() as directory:
-        faults, reasons = told(Path(directory))
-    said = [(f.what, f"`{f.file}:{f.line}`", _cell(reasons[f.file, f.line])) for f in faults]
-    lines = [f"| {number} | {' | '.join(cells)} |" for number, cells in enumerate(said, start=1)]
+        faults, reasons = quarantine_reasons(Path(directory))
+    rows = [(f.name, f"`{f.file}:{f.line}`", _cell(reasons[f.file, f.line])) for f in faults]
+    lines = [f"| {number} | {' | '.join(cells)} |" for number, cells in enumerate(rows, start=1)]
     return "\n".join(["| | what is wrong | where | what ingest says |", "|---|---|---|---|", *lines])
 
 
@@ -219,9 +223,9 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    made = table()
-    print(made)
+    markdown = table()
+    print(markdown)
     if "--write" in sys.argv:
         page = PAGE.read_text(encoding="utf-8")
         before, after = page.partition(START)[0], page.partition(END)[2]
-        PAGE.write_text(f"{before}{START}\n\n{made}\n\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{START}\n\n{markdown}\n\n{END}{after}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The ingest stage on real files: what people have, what is wrong with it, and what is said about it."""
+"""The ingest stage on real files: shapes, formats, faults and what is reported of them."""
 
 import base64
 import csv
@@ -17,8 +17,8 @@ from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Row, read_rows
 from tasks.ingest import IngestConfig
+from tasks.ingest.block_parser import PIECE_BYTES
 from tasks.ingest.run import ingest
-from tasks.ingest.worker import PIECE_BYTES
 from tests.pico import pico_tokenizer
 
 INTENTS = ("close_audit", "report_issue", "out_of_scope")
@@ -58,9 +58,11 @@ def test_ingest_writes_canonical_rows_profile_and_pictures(tmp_path: Path) -> No
     assert 40 <= facts["test_rows"] <= 80 and 15 <= facts["validation_rows"] <= 50
     assert (facts["intents"], facts["quarantined_rows"]) == (3, 0)
     assert facts["out_of_scope_rows"] == sum(row.intent == "out_of_scope" for row in rows(tmp_path, "train"))
-    found = {row.messages[0].content: row for split in ("train", "validation", "test") for row in rows(tmp_path, split)}
-    assert len(found) == 600
-    row = found["Please close audit 7."]
+    by_question = {
+        row.messages[0].content: row for split in ("train", "validation", "test") for row in rows(tmp_path, split)
+    }
+    assert len(by_question) == 600
+    row = by_question["Please close audit 7."]
     assert (row.intent, row.answer) == ("report_issue", alpaca(7)["output"])
     profile = json.loads((tmp_path / "out/profile.json").read_text())
     assert profile["entities"]["report_issue"] == {"audit": profile["intents"]["train"]["report_issue"]}
@@ -74,7 +76,7 @@ def test_ingest_writes_canonical_rows_profile_and_pictures(tmp_path: Path) -> No
     assert "http" not in html and "<td>out_of_scope</td>" in html
 
 
-def test_every_fault_is_told_with_its_row_and_the_rest_survives(tmp_path: Path) -> None:
+def test_every_fault_is_reported_with_its_row_and_good_rows_stay(tmp_path: Path) -> None:
     good = [alpaca(i) for i in range(100)]
     faulty: list[tuple[Any, str]] = [
         (b'{"instruction": "a", ', "not JSON"),
@@ -91,17 +93,17 @@ def test_every_fault_is_told_with_its_row_and_the_rest_survives(tmp_path: Path) 
     ]
     files = write(tmp_path / "train.jsonl", [*good, *(row for row, _ in faulty)])
     report = run(tmp_path, files, max_quarantined_fraction=0.2)
-    told = {line["line"]: line["reason"] for line in quarantine(tmp_path)}
+    reasons = {line["line"]: line["reason"] for line in quarantine(tmp_path)}
     for line, (_, reason) in enumerate(faulty, start=101):
-        assert reason in told.pop(line)
-    assert told == {6: "the same question has another answer at train.jsonl:111; keep the right one"}
+        assert reason in reasons.pop(line)
+    assert reasons == {6: "the same question has another answer at train.jsonl:111; keep the right one"}
     assert report.facts["quarantined_rows"] == 12
     assert sum(int(report.facts[f"{split}_rows"]) for split in ("train", "validation", "test")) == 99
     assert files.read_bytes().splitlines()[101][21 - 1] == 0xE9
     assert any("12 rows are in quarantine.jsonl" in warning for warning in report.warnings)
 
 
-def test_test_rows_are_taken_out_of_training(tmp_path: Path) -> None:
+def test_test_rows_are_removed_from_training(tmp_path: Path) -> None:
     write(tmp_path / "in/train.jsonl", [alpaca(i) for i in range(100)])
     write(tmp_path / "in/test.jsonl", [alpaca(i) for i in range(90, 130)])
     report = run(tmp_path, tmp_path / "in")
@@ -146,9 +148,9 @@ def test_outputs_are_the_same_bytes_twice(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
-def test_free_text_keeps_several_answers_and_says_so(tmp_path: Path) -> None:
-    found = [{"question": f"Why {i}?", "answer": f"Because {i}."} for i in range(80)]
-    files = write(tmp_path / "train.jsonl", [*found, {"question": "Why 3?", "answer": '{"intent": "odd"}'}])
+def test_free_text_may_have_several_answers_and_a_warning(tmp_path: Path) -> None:
+    texts = [{"question": f"Why {i}?", "answer": f"Because {i}."} for i in range(80)]
+    files = write(tmp_path / "train.jsonl", [*texts, {"question": "Why 3?", "answer": '{"intent": "odd"}'}])
     report = run(tmp_path, files)
     assert (report.facts["answers"], report.facts["quarantined_rows"], report.facts["intents"]) == ("text", 0, 0)
     assert any(warning.startswith("2 rows share their question") for warning in report.warnings)
@@ -188,8 +190,8 @@ def test_shapes_are_recognised(tmp_path: Path, row: dict[str, Any], expected: li
         max_quarantined_fraction=1,
         answers="text",
     )
-    (found,) = rows(tmp_path, "train")
-    assert [f"{message.role}: {message.content}" for message in found.messages] == expected
+    (row_of_train,) = rows(tmp_path, "train")
+    assert [f"{message.role}: {message.content}" for message in row_of_train.messages] == expected
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
     assert len(outputs) == 1 and outputs.pop().count(b"\n") > 70
 
 
-def test_a_broken_json_array_keeps_what_came_before(tmp_path: Path) -> None:
+def test_a_broken_json_array_gives_the_elements_before(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text("[\n" + ",\n".join(json.dumps(alpaca(i)) for i in range(60)) + ",\n{broken}\n]")
     run(tmp_path, path)
@@ -247,7 +249,7 @@ def bad(tmp_path: Path, name: str, content: bytes, **config: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("train.jsonl", b"", "train.jsonl is empty (0 bytes); give a file with rows"),
         ("train.jsonl", b"\n\n", "holds no rows"),
@@ -268,26 +270,26 @@ def bad(tmp_path: Path, name: str, content: bytes, **config: Any) -> str:
         ),
     ],
 )
-def test_unusable_files(tmp_path: Path, name: str, content: bytes, said: str) -> None:
-    assert said in bad(tmp_path, name, content)
+def test_unusable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    assert message in bad(tmp_path, name, content)
 
 
-def test_the_report_shows_the_first_bad_rows_even_of_a_dataset_that_fails(tmp_path: Path) -> None:
+def test_the_report_has_the_first_faulty_rows_even_of_a_dataset_that_fails(tmp_path: Path) -> None:
     files = write(tmp_path / "train.jsonl", [alpaca(1), *([b"{" + b"x" * 10_000] * 600)])
     with pytest.raises(BadData, match="600 of 601 rows are faulty"):
         run(tmp_path, files)
-    shown = (tmp_path / "out/report/quarantine.jsonl").read_text().splitlines()
-    assert 100 < len(shown) < 600 and [json.loads(line) for line in shown] == quarantine(tmp_path)[: len(shown)]
+    lines = (tmp_path / "out/report/quarantine.jsonl").read_text().splitlines()
+    assert 100 < len(lines) < 600 and [json.loads(line) for line in lines] == quarantine(tmp_path)[: len(lines)]
 
 
-def test_few_rows_go_on_with_a_warning_when_allowed(tmp_path: Path) -> None:
+def test_a_small_dataset_gives_a_warning_when_allowed(tmp_path: Path) -> None:
     files = write(tmp_path / "train.jsonl", [alpaca(3 * i) for i in range(30)])
     report = run(tmp_path, files, allow_few_rows=True, test_fraction=0.3)
     assert any(warning.startswith("Only ") for warning in report.warnings)
     assert any("0.0% of the training rows are out_of_scope" in warning for warning in report.warnings)
 
 
-def test_a_file_whose_rows_are_all_faulty_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_file_of_faulty_rows_is_reported_and_does_not_stop_the_stage(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     bad = [
         {"messages": [{"role": "user", "content": f"Call {i}."}, {"role": "tool", "content": "1"}]} for i in range(9)

@@ -10,12 +10,12 @@ from tasks.core.errors import BadData
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Message, Row
 from tasks.engine.data.chat_template import count_tokens, encode
-from tasks.engine.models.load import load_tokenizer
+from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.ingest.lengths import tokens_per_byte
 from tasks.ingest.tokens import summarise
-from tests.ingest.conftest import Ran, text_rows
+from tests.ingest.conftest import Run, text_rows
 
-Go = Callable[..., Ran]
+Go = Callable[..., Run]
 LIMIT = 250
 
 
@@ -30,23 +30,23 @@ def long_rows() -> list[dict[str, str]]:
 def test_long_rows_go_to_quarantine_and_advice_says_what_a_longer_context_saves(go: Go, tokenizer: ModelDir) -> None:
     ran = go(long_rows(), tokenizer, max_length=LIMIT)
     loaded = load_tokenizer(tokenizer)
-    told = {line["line"]: line["reason"] for line in ran.quarantine()}
-    assert sorted(told) == [21, 41, 61]
+    reasons = {line["line"]: line["reason"] for line in ran.quarantine()}
+    assert sorted(reasons) == [21, 41, 61]
     for line in ran.quarantine():
         tokens = len(encode(loaded, Row.model_validate_json(line["raw"])).input_ids)
-        assert told[line["line"]] == f"{tokens} tokens, more than max_length={LIMIT}"
+        assert reasons[line["line"]] == f"{tokens} tokens, more than max_length={LIMIT}"
     lengths = [len(encode(loaded, row).input_ids) for row in ran.all()]
     assert max(lengths) <= LIMIT and len(lengths) == 97
-    found = ran.profile()["tokens"]
-    assert (found["over"], found["sampled"], found["p0"]) == (3, 100, min(lengths))
-    saved = {int(context): count for context, count in found["saved"].items()}
+    profile = ran.profile()["tokens"]
+    assert (profile["over"], profile["sampled"], profile["p0"]) == (3, 100, min(lengths))
+    saved = {int(context): count for context, count in profile["saved"].items()}
     assert list(saved)[0] == 2 * LIMIT and list(saved.values())[-1] == 3
-    told_first = "3 rows are longer than max_length=250 tokens and in quarantine; 500 tokens would save"
-    assert any(told_first in warning for warning in ran.report.warnings)
+    warning_start = "3 rows are longer than max_length=250 tokens and in quarantine; 500 tokens would save"
+    assert any(warning_start in warning for warning in ran.report.warnings)
     assert "would save" in (ran.out / "report/profile.md").read_text()
 
 
-def test_a_cut_row_keeps_its_answer_and_is_told(go: Go, tokenizer: ModelDir) -> None:
+def test_a_cut_row_keeps_its_answer_and_is_listed(go: Go, tokenizer: ModelDir) -> None:
     ran = go(long_rows(), tokenizer, max_length=LIMIT, over_long="cut")
     cut = [json.loads(line) for line in (ran.out / "cut.jsonl").read_text().splitlines()]
     assert [line["line"] for line in cut] == [21, 41] and cut[0]["max_length"] == LIMIT < cut[0]["tokens"]
@@ -78,6 +78,6 @@ def test_no_row_that_is_too_long_is_ruled_out_by_its_bytes(tokenizer: ModelDir) 
 
 
 def test_saved_rows_are_counted_up_to_the_longest() -> None:
-    found = summarise(pl.Series([10, 20, 30]), pl.Series([150, 250, 900]), 5, 100)
-    assert found.saved == {200: 1, 400: 2, 800: 2, 1600: 3}
-    assert sum(found.histogram) == 3 and found.p100 == 30
+    summary = summarise(pl.Series([10, 20, 30]), pl.Series([150, 250, 900]), 5, 100)
+    assert summary.saved == {200: 1, 400: 2, 800: 2, 1600: 3}
+    assert sum(summary.histogram) == 3 and summary.p100 == 30

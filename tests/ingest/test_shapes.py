@@ -1,6 +1,7 @@
 """Files and shapes beyond the plain ones, and what rows become."""
 
 import json
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 import pyarrow
 import pytest
 
+from tasks.core.data_files import DATA_SUFFIXES
 from tasks.core.errors import BadData
-from tasks.ingest import stage
+from tasks.ingest import IngestConfig, first_pass
 from tasks.ingest.canonical import canonical, canonical_pair
-from tasks.ingest.row_shapes import to_turns
-from tests.ingest.conftest import Ran, intent_row, text_rows
+from tasks.ingest.read import READERS
+from tasks.ingest.row_shapes import SHAPES, PairShape
+from tasks.ingest.turns import to_turns
+from tests.ingest.conftest import Run, intent_row, text_rows
 
-Go = Callable[..., Ran]
+Go = Callable[..., Run]
 
 
 def as_lines(rows: list[Any]) -> bytes:
@@ -35,11 +39,33 @@ def test_more_kinds_of_files_give_the_same_rows(go: Go, tmp_path: Path) -> None:
         "wrapped.json": json.dumps({"data": rows}, indent=1).encode(),
         "lines.json": as_lines(rows),
     }
-    found = set()
+    outputs = set()
     for name, data in kinds.items():
         (tmp_path / name).write_bytes(data)
-        found.add((go(tmp_path / name).out / "train.jsonl").read_bytes())
-    assert len(found) == 1
+        outputs.add((go(tmp_path / name).out / "train.jsonl").read_bytes())
+    assert len(outputs) == 1
+
+
+def test_a_shape_is_added_in_one_place(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry of the table is in the config, its form and the errors, and files of the shape are recognised."""
+    rows = [{"ask": row["question"], "reply": row["answer"]} for row in text_rows(60)]
+    with pytest.raises(BadData, match="no known shape"):
+        go(rows)
+    monkeypatch.setitem(SHAPES, "ask_reply", PairShape("ask", "reply"))
+    assert go(rows).profile()["shapes"] == {"train.jsonl": "ask_reply"}
+    ran = go(rows, format="ask_reply")
+    assert {row.messages[0].content for row in ran.all()} == {row["ask"] for row in rows}
+    form = IngestConfig.model_json_schema()["properties"]["format"]
+    assert form["enum"] == ["auto", *SHAPES] and "ask_reply" in form["enum"]
+    with pytest.raises(BadData, match=r"one of: .*ask\+reply"):
+        go([{"other": "a", "fields": "b"}])
+
+
+def test_every_shape_is_documented_and_every_suffix_has_a_reader() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    table = page.partition("| `format` | fields |")[2].partition("\n\n")[0]
+    assert [name for name in SHAPES if f"`{name}`" not in table] == []
+    assert tuple(READERS) == DATA_SUFFIXES
 
 
 ODD = ["", " ", "\u200b", "nan", "no", "\u00e9", " spaces around ", "line\nline", '{"intent": "a", "b": {"c": [1]}}',
@@ -47,17 +73,18 @@ ODD = ["", " ", "\u200b", "nan", "no", "\u00e9", " spaces around ", "line\nline"
        "a long enough question \u200b"]  # fmt: skip
 
 
-def test_the_quick_way_makes_of_a_row_what_the_long_way_makes_or_leaves_it() -> None:
-    fields, quick = ("instruction", "input", "output"), 0
-    for asked, given, answer in product(ODD, ODD, ODD):
-        value = {"instruction": asked, "input": given, "output": answer}
-        made = canonical_pair(value, fields, b"0\n")
-        if made is not None:
-            quick += 1
-            assert made == canonical(to_turns(value, "alpaca"), b"0\n", learn_all=True)
-    assert quick > 800
-    assert canonical_pair({"instruction": "a", "output": "b", "system": "c"}, fields, b"") is None
-    assert canonical_pair(["a"], fields, b"") is canonical_pair({"instruction": "a"}, fields, b"") is None
+def test_the_fast_path_for_pairs_gives_the_canonical_row_of_all_checks_or_none() -> None:
+    shape, pairs = SHAPES["alpaca"], 0
+    assert isinstance(shape, PairShape)
+    for question, context, answer in product(ODD, ODD, ODD):
+        value = {"instruction": question, "input": context, "output": answer}
+        row = canonical_pair(value, shape, b"0\n")
+        if row is not None:
+            pairs += 1
+            assert row == canonical(to_turns(value, "alpaca"), b"0\n", learn_all=True)
+    assert pairs > 800
+    assert canonical_pair({"instruction": "a", "output": "b", "system": "c"}, shape, b"") is None
+    assert canonical_pair(["a"], shape, b"") is canonical_pair({"instruction": "a"}, shape, b"") is None
 
 
 def test_a_long_json_array_is_read_piece_by_piece(go: Go, tmp_path: Path) -> None:
@@ -65,44 +92,44 @@ def test_a_long_json_array_is_read_piece_by_piece(go: Go, tmp_path: Path) -> Non
     rows = [{"question": f"Größe {n} 漢字 🔧 " + "x" * 4000, "answer": f"№ {n}"} for n in range(600)]
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")
     ran = go(tmp_path / "a.json")
-    assert set(ran.sides()) == {row["question"] for row in rows}
+    assert set(ran.splits()) == {row["question"] for row in rows}
     bad = (tmp_path / "a.json").read_bytes().replace("漢".encode(), b"\xff", 1)
     (tmp_path / "b.json").write_bytes(bad)
     (line,) = go(tmp_path / "b.json").quarantine()
     assert line["line"] == 2 and line["reason"].startswith("not UTF-8: byte 0xff")
 
 
-def test_workers_make_what_one_process_makes(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_give_the_output_of_one_process(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[Any] = [intent_row(n, ("close_audit", "report_issue")[n % 2]) for n in range(9000)]
     rows[17] = {"instruction": "no answer"}
-    alone = go(rows)
-    monkeypatch.setattr(stage, "ALONE_BYTES", 0)
-    monkeypatch.setattr(stage, "BLOCK_BYTES", 200_000)
+    serial = go(rows)
+    monkeypatch.setattr(first_pass, "SERIAL_BYTES", 0)
+    monkeypatch.setattr(first_pass, "BLOCK_BYTES", 200_000)
     workers = go(rows)
     for name in ("train.jsonl", "test.jsonl", "calibration.jsonl", "quarantine.jsonl", "profile.json"):
-        assert (workers.out / name).read_bytes() == (alone.out / name).read_bytes(), name
+        assert (workers.out / name).read_bytes() == (serial.out / name).read_bytes(), name
 
 
-def talk(number: int, **last: Any) -> dict[str, Any]:
+def conversation(number: int, **fields: Any) -> dict[str, Any]:
     turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")]
     messages: list[dict[str, Any]] = [{"role": role, "content": f"{text} {number}"} for role, text in turns]
-    messages[-1] |= last
+    messages[-1] |= fields
     return {"messages": messages}
 
 
 def test_labels_of_conversations(go: Go) -> None:
-    rows = [talk(number) for number in range(60)]
-    rows[1] = talk(1, weight=0)
-    rows[2] = {"messages": talk(2)["messages"][:2]}
+    rows = [conversation(number) for number in range(60)]
+    rows[1] = conversation(1, weight=0)
+    rows[2] = {"messages": conversation(2)["messages"][:2]}
     ran = go(rows, test_fraction=0.2)
     labels = {row.messages[0].content: row.labels for row in ran.all()}
     assert labels.pop("Q 1") == [1] and labels.pop("Q 2") is None
     assert set(map(str, labels.values())) == {"[1, 3]"}
-    last = go(rows, learn_turns="last")
-    assert [line["reason"] for line in last.quarantine()] == [
+    last_turns = go(rows, learn_turns="last")
+    assert [line["reason"] for line in last_turns.quarantine()] == [
         "no message is to be learnt: the assistant's have weight 0"
     ]
-    assert all(row.labels is None for row in last.rows("train"))
+    assert all(row.labels is None for row in last_turns.rows("train"))
 
 
 @pytest.mark.parametrize(
@@ -118,9 +145,9 @@ def test_labels_of_conversations(go: Go) -> None:
 )
 def test_variants_of_messages(go: Go, row: dict[str, Any], expected: str) -> None:
     shape = "messages" if "messages" in row else "conversations"
-    others = [{shape: [{"from": "human", "value": f"Q{n}"}, {"from": "gpt", "value": "A"}]} for n in range(60)]
-    ran = go([row, *others])
-    assert any(one.messages[0].content == expected for one in ran.all())
+    plain = [{shape: [{"from": "human", "value": f"Q{n}"}, {"from": "gpt", "value": "A"}]} for n in range(60)]
+    ran = go([row, *plain])
+    assert any(result.messages[0].content == expected for result in ran.all())
 
 
 def test_the_schema_is_inferred_and_can_be_loosened(go: Go) -> None:
@@ -140,7 +167,7 @@ def test_the_schema_is_inferred_and_can_be_loosened(go: Go) -> None:
     assert go(rows, schema_share=1).quarantine() == []
 
 
-def test_intents_that_are_rare_uneven_or_spelt_twice_are_told(go: Go) -> None:
+def test_rare_uneven_and_differently_spelt_intents_give_warnings(go: Go) -> None:
     rows = [intent_row(n, "close_audit") for n in range(400)] + [intent_row(n, "Close-Audit") for n in range(6)]
     warnings = " ".join(go(rows).report.warnings)
     assert "have fewer than 10 training rows: Close-Audit" in warnings
@@ -148,7 +175,7 @@ def test_intents_that_are_rare_uneven_or_spelt_twice_are_told(go: Go) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "said"),
+    ("name", "data", "message"),
     [
         ("a.csv", b"\n", "has no header"),
         ("a.csv", b"question,question\na,b\n", "the header names 'question' twice"),
@@ -156,7 +183,7 @@ def test_intents_that_are_rare_uneven_or_spelt_twice_are_told(go: Go) -> None:
         ("a.json", b'{\n"question": "a",\n', "give one object a line (JSONL), or an array of objects"),
     ],
 )
-def test_more_unusable_files(go: Go, tmp_path: Path, name: str, data: bytes, said: str) -> None:
+def test_more_unusable_files(go: Go, tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(BadData, match=said.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(BadData, match=re.escape(message)):
         go(tmp_path / name)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import BadConfig, BadData
-from tasks.core.sources import gather
-from tasks.ingest.read import data_files
+from tasks.core.sources import collect_source
+from tasks.ingest.source_files import data_files
 from tests.conftest import Bucket
 
 ROW = {"question": "Why?", "answer": "Because."}
@@ -21,21 +21,21 @@ def put(path: Path, data: bytes = LINE) -> Path:
     return path
 
 
-def taken(tmp_path: Path, **sources: str) -> dict[str, str]:
+def imported(tmp_path: Path, **sources: str) -> dict[str, str]:
     """Names below the artifact with the split that ingest reads from them."""
-    target = tmp_path / "taken"
+    target = tmp_path / "imported"
     target.mkdir()
     for split, source in sources.items():
-        assert gather(split, source, target, lambda _: None) > 0
-    found, passed_over = data_files(target / "files")
-    assert not passed_over
-    return {path.relative_to(target / "files").as_posix(): split for path, split in found}
+        assert collect_source(split, source, target, lambda _: None) > 0
+    files, skipped = data_files(target / "files")
+    assert not skipped
+    return {path.relative_to(target / "files").as_posix(): split for path, split in files}
 
 
 def test_files_keep_their_suffix_and_get_their_splits_name(tmp_path: Path) -> None:
     rows = put(tmp_path / "my.rows.jsonl")
-    packed = put(tmp_path / "held.csv.gz", gzip.compress(b"question,answer\nq,a\n"))
-    assert taken(tmp_path, train=str(rows), test=str(packed)) == {"train.jsonl": "train", "test.csv.gz": "test"}
+    compressed = put(tmp_path / "held.csv.gz", gzip.compress(b"question,answer\nq,a\n"))
+    assert imported(tmp_path, train=str(rows), test=str(compressed)) == {"train.jsonl": "train", "test.csv.gz": "test"}
 
 
 def test_a_directory_is_split_by_names_and_one_for_testing_is_all_held_out(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_directory_is_split_by_names_and_one_for_testing_is_all_held_out(tmp_p
     for name in (*names, "model/weights.safetensors"):  # what is no data is not hashed and stored
         put(tmp_path / "in" / name)
     put(tmp_path / "other/train.jsonl")
-    assert taken(tmp_path, train=str(tmp_path / "in"), test=str(tmp_path / "other")) == {
+    assert imported(tmp_path, train=str(tmp_path / "in"), test=str(tmp_path / "other")) == {
         "test/train.jsonl": "test",
         "train/a.jsonl": "train",
         "train/data/validation-00000-of-00001.jsonl": "validation",
@@ -55,21 +55,21 @@ def test_a_directory_is_split_by_names_and_one_for_testing_is_all_held_out(tmp_p
 def test_a_glob(tmp_path: Path) -> None:
     for name in ("2024/a.jsonl", "2025/a.jsonl", "2025/a.txt"):
         put(tmp_path / "in" / name)
-    found = taken(tmp_path, train=str(tmp_path / "in/*/*.jsonl"))
-    assert found == {"train/2024/a.jsonl": "train", "train/2025/a.jsonl": "train"}
+    files = imported(tmp_path, train=str(tmp_path / "in/*/*.jsonl"))
+    assert files == {"train/2024/a.jsonl": "train", "train/2025/a.jsonl": "train"}
 
 
 @pytest.mark.parametrize("source", ["", " ", "gs://bucket/rows.jsonl", "https://example.org/rows.jsonl", "s3:/b/key"])
-def test_what_is_no_source_is_refused_by_what_there_is(tmp_path: Path, source: str) -> None:
+def test_an_unknown_source_is_refused_with_the_known_ones(tmp_path: Path, source: str) -> None:
     with pytest.raises(BadConfig, match="give a path, a pattern, s3://bucket/key or hub:owner/name"):
-        gather("train", source, tmp_path, print)
+        collect_source("train", source, tmp_path, print)
 
 
 @pytest.mark.parametrize("source", ["none.jsonl", "none/*.jsonl"])
-def test_nothing_there_says_where_it_looked(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file_is_reported_with_its_path(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadData, match=f"train: no file .*{tmp_path}"):
-        gather("train", source, tmp_path, print)
+        collect_source("train", source, tmp_path, print)
 
 
 def test_s3_key_prefix_and_pattern(tmp_path: Path, s3: Bucket) -> None:
@@ -83,12 +83,12 @@ def test_s3_key_prefix_and_pattern(tmp_path: Path, s3: Bucket) -> None:
             ("team/*.gz", {"train.jsonl.gz": "train"}),
         ]
     ):
-        place = tmp_path / str(number)
-        place.mkdir()
-        assert taken(place, train=f"s3://{s3.name}/{source}") == expected
-    assert (tmp_path / "0/taken/files/train.jsonl").read_bytes() == LINE
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        assert imported(directory, train=f"s3://{s3.name}/{source}") == expected
+    assert (tmp_path / "0/imported/files/train.jsonl").read_bytes() == LINE
     with pytest.raises(BadData, match="no object there is a data file"):
-        gather("train", f"s3://{s3.name}/nothing/", tmp_path, print)
+        collect_source("train", f"s3://{s3.name}/nothing/", tmp_path, print)
 
 
 def test_a_hub_dataset_in_the_hubs_layouts(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_a_hub_dataset_in_the_hubs_layouts(tmp_path: Path) -> None:
     card = "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: data/train.jsonl}\n"
     card += "  - {split: test, path: data/test.jsonl}\n- config_name: small\n  data_files: small/*.jsonl\n"
     put(copy / "README.md", f"---\n{card}---\n".encode())
-    found = taken(tmp_path, train=f"hub:{copy}", validation=f"hub:{copy}:small", test=f"hub:{copy}")
-    assert found == {
+    files = imported(tmp_path, train=f"hub:{copy}", validation=f"hub:{copy}:small", test=f"hub:{copy}")
+    assert files == {
         "test/test.parquet": "test",
         "train/test.parquet": "test",
         "train/train.parquet": "train",
@@ -110,7 +110,7 @@ def test_a_hub_dataset_in_the_hubs_layouts(tmp_path: Path) -> None:
 
 def test_a_hub_name_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadConfig, match="write hub:owner/name"):
-        gather("train", "hub:", tmp_path, print)
+        collect_source("train", "hub:", tmp_path, print)
     (tmp_path / "empty").mkdir()
     with pytest.raises((BadConfig, BadData), match="empty"):
-        gather("train", f"hub:{tmp_path / 'empty'}", tmp_path, print)
+        collect_source("train", f"hub:{tmp_path / 'empty'}", tmp_path, print)

@@ -1,4 +1,4 @@
-"""Splits: what stays where it is, what is kept together, what calibration is."""
+"""Splits: rows that keep theirs, questions that share one, and the calibration sample."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,35 +10,35 @@ import pytest
 
 from tasks.core.errors import BadData
 from tasks.ingest.near_duplicates import near_groups, question_text
-from tests.ingest.conftest import Ran, intent_row, text_rows
+from tests.ingest.conftest import Run, intent_row, text_rows
 
-Go = Callable[..., Ran]
+Go = Callable[..., Run]
 
 
-def test_every_intent_is_held_out_and_stays_where_it_is_when_rows_are_added(go: Go) -> None:
+def test_every_intent_is_held_out_and_rows_keep_their_split_when_others_are_added(go: Go) -> None:
     """Shares are those asked for give or take chance; of a rare intent one row is forced, and may be replaced."""
-    often = [intent_row(number, "close_audit") for number in range(600)]
-    some = [intent_row(number, "report_issue") for number in range(300)]
+    frequent = [intent_row(number, "close_audit") for number in range(600)]
+    less_frequent = [intent_row(number, "report_issue") for number in range(300)]
     rare = [intent_row(number, "out_of_scope") for number in range(10)]
-    first = go([*often, *some, *rare])
+    first = go([*frequent, *less_frequent, *rare])
     counts = first.profile()["intents"]
     assert 35 <= counts["test"]["close_audit"] <= 85 and 15 <= counts["test"]["report_issue"] <= 45
     assert counts["test"]["out_of_scope"] >= 1
     added = [intent_row(number, "close_audit") for number in range(600, 1200)]
-    more = [*added, *often, *some, *rare]
-    Random(0).shuffle(more)
-    before, after = first.sides(), go(more).sides()
+    extended = [*added, *frequent, *less_frequent, *rare]
+    Random(0).shuffle(extended)
+    before, after = first.splits(), go(extended).splits()
     assert {question: after[question] for question in before} == before
 
 
 def test_a_forced_row_gives_way_to_a_lower_draw_and_no_other_row_moves(go: Go) -> None:
     base = [intent_row(number, "close_audit") for number in range(200)]
     moved = Counter[tuple[str, str]]()
-    before = go([*base, *(intent_row(number, "rare") for number in range(10))], test_fraction=0.02).sides()
-    after = go([*base, *(intent_row(number, "rare") for number in range(40))], test_fraction=0.02).sides()
-    for question, side in before.items():
-        if side != after[question]:
-            moved[side, after[question]] += 1
+    before = go([*base, *(intent_row(number, "rare") for number in range(10))], test_fraction=0.02).splits()
+    after = go([*base, *(intent_row(number, "rare") for number in range(40))], test_fraction=0.02).splits()
+    for question, split in before.items():
+        if split != after[question]:
+            moved[split, after[question]] += 1
             assert "rare" in question
     assert set(moved) <= {("test", "train"), ("test", "validation")} and moved.total() <= 1
 
@@ -52,39 +52,39 @@ def test_calibration_is_a_sample_of_train_with_every_intents_share(go: Go) -> No
     assert 38 <= intents["close_audit"] <= 42 and intents.total() == 50
     # In a seeded order: the first half is a sample too.
     assert 2 <= Counter(row.intent for row in ran.rows("calibration")[:25])["out_of_scope"] <= 9
-    few = go(rows[:100], calibration_rows=512)
-    assert len(few.rows("calibration")) == len(few.rows("train")) == few.report.facts["calibration_rows"]
+    small = go(rows[:100], calibration_rows=512)
+    assert len(small.rows("calibration")) == len(small.rows("train")) == small.report.facts["calibration_rows"]
     assert go(rows, calibration_rows=0).rows("calibration") == []
 
 
-def near(rows: list[dict[str, str]], random: Random) -> list[dict[str, str]]:
+def reworded(rows: list[dict[str, str]], random: Random) -> list[dict[str, str]]:
     """The same questions with one letter changed and other capitals and spaces."""
-    found = []
+    variants = []
     for row in rows:
         text = row["question"].replace(" ", "  ", 2).capitalize()
-        at = random.randrange(10, len(text) - 10)
-        found.append({**row, "question": text[:at] + "z" + text[at + 1 :]})
-    return found
+        index = random.randrange(10, len(text) - 10)
+        variants.append({**row, "question": text[:index] + "z" + text[index + 1 :]})
+    return variants
 
 
-def test_almost_equal_questions_stay_on_one_side(go: Go) -> None:
+def test_almost_equal_questions_share_a_split(go: Go) -> None:
     rows = text_rows(300)
-    twins = near(rows, Random(1))
+    twins = reworded(rows, Random(1))
     both = [*rows, *twins]
-    apart, together = go(both), go(both, near_duplicates="together")
-    pairs = [(one["question"], two["question"]) for one, two in zip(rows, twins, strict=True)]
-    sides, joined = apart.sides(), together.sides()
-    assert sum(sides[one] != sides[two] for one, two in pairs) > 40
-    assert sum(joined[one] != joined[two] for one, two in pairs) <= 3
-    found = together.profile()["near_duplicates"]
-    assert found["groups"] >= 295 and found["questions"] >= 590 and together.quarantine() == []
+    independent, grouped = go(both), go(both, near_duplicates="together")
+    pairs = [(first["question"], second["question"]) for first, second in zip(rows, twins, strict=True)]
+    splits, grouped_splits = independent.splits(), grouped.splits()
+    assert sum(splits[first] != splits[second] for first, second in pairs) > 40
+    assert sum(grouped_splits[first] != grouped_splits[second] for first, second in pairs) <= 3
+    counts = grouped.profile()["near_duplicates"]
+    assert counts["groups"] >= 295 and counts["questions"] >= 590 and grouped.quarantine() == []
     dropped = go(both, near_duplicates="drop")
     assert 295 <= len(dropped.quarantine()) <= 300
     assert dropped.quarantine()[0]["reason"].startswith("almost a duplicate of train.jsonl:")
-    assert together.report.facts["train_rows"] == sum(side == "train" for side in joined.values())
+    assert grouped.report.facts["train_rows"] == sum(split == "train" for split in grouped_splits.values())
 
 
-def test_minhash_finds_what_exact_similarity_says(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_minhash_agrees_with_the_exact_similarity(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Against the Jaccard similarity of all pairs, counted: near 1 all are found, below 0.6 none."""
     random, rows = Random(0), text_rows(60)
     texts = [row["question"] for row in rows]
@@ -99,11 +99,11 @@ def test_minhash_finds_what_exact_similarity_says(tmp_path_factory: pytest.TempP
     ]
     first = near_groups(lines, len(lines), 0.8, tmp_path_factory.mktemp("near"))
 
-    def pieces(line: bytes) -> set[bytes]:
+    def shingles(line: bytes) -> set[bytes]:
         text = question_text(line)
-        return {text[at : at + 5] for at in range(len(text) - 4)}
+        return {text[start : start + 5] for start in range(len(text) - 4)}
 
-    sets = [pieces(line) for line in lines]
+    sets = [shingles(line) for line in lines]
     similarity = np.array([len(sets[i] & sets[i + 60]) / len(sets[i] | sets[i + 60]) for i in range(60)])
     joined = first[60:] == np.arange(60)
     assert joined[similarity > 0.95].all() and not joined[similarity < 0.6].any()
@@ -111,18 +111,20 @@ def test_minhash_finds_what_exact_similarity_says(tmp_path_factory: pytest.TempP
     assert (first[:60] == np.arange(60)).all()
 
 
-def test_what_is_almost_held_out_is_taken_out_of_training(go: Go, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_row_almost_equal_to_a_held_out_one_is_removed_from_training(
+    go: Go, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     rows = text_rows(100)
-    directory = tmp_path_factory.mktemp("given")
-    held_out = near(rows[:10], Random(2))
-    for name, some in (("train", rows), ("test", held_out)):
-        (directory / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in some))
+    directory = tmp_path_factory.mktemp("files")
+    held_out = reworded(rows[:10], Random(2))
+    for name, file_rows in (("train", rows), ("test", held_out)):
+        (directory / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in file_rows))
     ran = go(directory, near_duplicates="together")
     assert len(ran.rows("test")) == 10 and 9 <= len(ran.quarantine()) <= 10
     assert ran.quarantine()[0]["reason"].startswith("almost the same question is held out (test.jsonl:")
     assert any("their question is held out" in warning for warning in ran.report.warnings)
 
 
-def test_nothing_left_for_test_says_what_to_do(go: Go) -> None:
+def test_no_row_for_test_is_an_error_with_the_remedy(go: Go) -> None:
     with pytest.raises(BadData, match="no row is left for test: add rows, give test.jsonl"):
         go(text_rows(60), test_fraction=0)

@@ -1,38 +1,38 @@
-"""Why a line is not JSON, in words that say what to do: asked only of the lines that orjson refused."""
+"""Why a line is not JSON, in words that name the remedy; called only for lines that orjson refuses."""
 
 import json
 from typing import Any
 
 
-def what_is_wrong(line: bytes) -> str:
-    """The reason, with the place where it can be told."""
+def json_error_reason(line: bytes) -> str:
+    """The reason, with the position where it is known."""
     try:
         text = line.decode().strip()
     except UnicodeDecodeError as error:
-        byte, at = line[error.start], error.start + 1
-        return f"not UTF-8: byte 0x{byte:02x} at byte {at} of the line; save the file as UTF-8"
+        byte = line[error.start]
+        return f"not UTF-8: byte 0x{byte:02x} at byte {error.start + 1} of the line; save the file as UTF-8"
     if "\0" in text:
         return "not JSON: NUL bytes, as a file has that was only half written; write it again"
-    found: list[str] = []
+    constants: list[str] = []
 
-    def constant(name: str) -> str:
-        found.append(name)
+    def record_constant(name: str) -> str:
+        constants.append(name)
         return name
 
     try:
-        value = json.loads(text, parse_constant=constant)
+        value = json.loads(text, parse_constant=record_constant)
     except RecursionError:
         return "not JSON that can be read: nested too deeply"
     except json.JSONDecodeError as error:
-        return _not_json(text, error)
-    if found:
-        return f"not JSON: {found[0]}{_where(value, found[0])}; write null, or take the row away"
+        return _syntax_reason(text, error)
+    if constants:
+        return f"not JSON: {constants[0]}{_field_of(value, constants[0])}; write null, or take the row away"
     return (
         "not JSON: half of a surrogate pair (\\ud800 to \\udfff), a character cut in two; take it from the source again"
     )
 
 
-def _not_json(text: str, error: json.JSONDecodeError) -> str:
+def _syntax_reason(text: str, error: json.JSONDecodeError) -> str:
     if text[: error.pos].rstrip().endswith(",") and text[error.pos :].lstrip().startswith(("}", "]")):
         return f"not JSON: a comma before the closing bracket at character {error.pos + 1}; take it out"
     if error.pos >= len(text) or "Unterminated string" in error.msg:
@@ -46,9 +46,7 @@ def _not_json(text: str, error: json.JSONDecodeError) -> str:
     return f"not JSON: {error.msg} at character {error.pos + 1}"
 
 
-def _where(value: Any, name: str) -> str:
-    if isinstance(value, dict):
-        for field, one in value.items():
-            if one == name:
-                return f" in field {field!r}"
-    return ""
+def _field_of(value: Any, constant: str) -> str:
+    """` in field 'x'` for the field of an object that has this value; else empty."""
+    fields = value.items() if isinstance(value, dict) else ()
+    return next((f" in field {field!r}" for field, content in fields if content == constant), "")

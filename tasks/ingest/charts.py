@@ -1,22 +1,22 @@
-"""The profile's pictures: rows of each intent, lengths in characters, lengths in tokens against the limit."""
+"""Charts of the profile: rows of each intent, lengths in characters, lengths in tokens against the limit."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.ingest.profile import SPLITS, Profile
-from tasks.ingest.tokens import Tokens
+from tasks.ingest.tokens import TokenLengths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#33658a", "#86bbd8", "#f6ae2d")
 BINS = 40
-MOST_INTENTS = 40
+MAX_INTENTS = 40
 
 
-def draw(profile: Profile, characters: dict[str, dict[int, int]], report: Path) -> None:
+def draw_charts(profile: Profile, characters: dict[str, dict[int, int]], report: Path) -> None:
     """Writes lengths.png, and intents.png where there are intents."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  (a second that failing early should not cost)
+    from matplotlib.figure import Figure  # noqa: PLC0415  (a second that a stage which fails early should not cost)
 
     count = 2 + (profile.tokens is not None)
     figure = Figure(figsize=(4.5 * count, 3.5))
@@ -33,7 +33,7 @@ def draw(profile: Profile, characters: dict[str, dict[int, int]], report: Path) 
         _tokens(panels[2], profile.tokens)
     figure.savefig(report / "lengths.png", dpi=110, metadata={"Software": None})
     if profile.intents["train"]:
-        names = sorted(profile.intents["train"], key=lambda name: profile.intents["train"][name])[-MOST_INTENTS:]
+        names = sorted(profile.intents["train"], key=lambda name: profile.intents["train"][name])[-MAX_INTENTS:]
         height = 1.2 + 0.3 * len(names)
         figure = Figure(figsize=(8, height))
         _intents(figure.subplots(), profile, names)
@@ -42,8 +42,8 @@ def draw(profile: Profile, characters: dict[str, dict[int, int]], report: Path) 
         figure.savefig(report / "intents.png", dpi=110, metadata={"Software": None})
 
 
-def _tokens(axes: "Axes", tokens: Tokens) -> None:
-    starts = [place * tokens.bin for place in range(len(tokens.histogram))]
+def _tokens(axes: "Axes", tokens: TokenLengths) -> None:
+    starts = [index * tokens.bin for index in range(len(tokens.histogram))]
     axes.bar(starts, tokens.histogram, width=tokens.bin, align="edge", color=COLORS[0])
     # The limit is drawn where rows come near it; far beyond them it would press them into a corner.
     if tokens.max_length < 2 * tokens.p100:
