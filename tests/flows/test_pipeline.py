@@ -52,7 +52,9 @@ def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
     [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     stages = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], query)}
-    assert {"ingest", "teacher", "states", "student", "direct", "outliers", "merge", "gguf Q8_0", "gate"} <= set(stages)
+    assert {"ingest", "teacher", "teacher-cache", "student", "direct", "outliers", "merge", "gguf Q8_0", "gate"} <= set(
+        stages
+    )
     assert all(run.info.status == "FINISHED" for run in stages.values())
     losses = client.get_metric_history(stages["teacher"].info.run_id, "loss")
     assert [point.step for point in losses] == [1, 2, 3, 4]
@@ -94,7 +96,8 @@ def test_a_change_runs_what_depends_on_it_and_a_broken_rule_fails_after_the_repo
     fresh = f"sqlite:///{home.directory}/other.db"
     home.environment["MLFLOW_TRACKING_URI"] = fresh
     home.write(
-        evaluate={"max_new_tokens": 4, "latency_rows": 0, "perplexity_rows": 0}, gate={"floors": {"exact_match": 1.0}}
+        evaluate={"max_new_tokens": 4, "latency_rows": 0, "perplexity_rows": 0},
+        gate={"floors": {"exact_match": 1.0, "rouge_l": 0.5}},
     )
     output = home.fail()
     del home.environment["MLFLOW_TRACKING_URI"]
@@ -102,7 +105,8 @@ def test_a_change_runs_what_depends_on_it_and_a_broken_rule_fails_after_the_repo
     assert again == {"gate", *(f"evaluate {name}" for name in MODELS)}
     assert "exact_match" in output and "at least 100.0% is wanted" in output
     assert home.summary["gate"]["passed"] is False
-    assert "at least 100.0% is wanted" in (home.directory / "home/reports/latest/index.html").read_text()
+    page = (home.directory / "home/reports/latest/index.html").read_text()
+    assert "at least 100.0% is wanted" in page and "cannot be judged: no row of student has rouge_l" in page
 
     client = MlflowClient(fresh)
     [experiment] = [found for found in client.search_experiments() if found.name == "stillhouse"]
