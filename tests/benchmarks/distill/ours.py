@@ -39,7 +39,8 @@ def states_of(rows: list[Example], directory: Path) -> tuple[TeacherCache, float
 
 def ours(
     states: TeacherCache, rows: list[Example], steps: int, batch: int, micro: int,
-    validation: list[Example] | None = None, student: Callable[[], Any] | None = None, layers: str = "ours", **settings: Any,
+    validation: list[Example] | None = None, student: Callable[[], Any] | None = None,
+    layers: str = "ours", **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A run of the engine's trainer: ms a step by its event times, peak GiB, the spec and its model.
 

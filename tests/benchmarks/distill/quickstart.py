@@ -32,7 +32,7 @@ def quickstart(directory: Path, count: int = 192) -> None:
         return load_model(ModelDir(base / name), "float32")
 
     width = loaded("teacher").config.hidden_size
-    ask = TeacherPass(
+    teacher_pass = TeacherPass(
         lambda: loaded("teacher"), "quickstart", CacheLayout(width, "float32"), DistillConfig().teacher_cache
     )
     start = time.perf_counter()
