@@ -68,11 +68,9 @@ def _show_preset(schema: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def _prefect(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [*PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"stillhouse: prefect {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    process = subprocess.run([*PREFECT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"stillhouse: prefect {' '.join(arguments)} failed:\n{process.stdout}{process.stderr}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from flows.checks import require_held_out, require_known_revisions
-from flows.config import given_files, without_teacher
+from flows.checks import require_revisions_of_models, require_separate_rows
+from flows.config import files_by_split, without_teacher
 from flows.flow_config import FlowConfig
 from flows.report import publish
 from flows.report import show as show_models
@@ -89,8 +89,8 @@ class AblationConfig(FlowConfig):
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Self:
-        require_known_revisions(self.revision, (self.teacher_base, self.student_base))
-        require_held_out(self.train, validation=self.validation, test=self.test)
+        require_revisions_of_models(self.revision, (self.teacher_base, self.student_base))
+        require_separate_rows(self.train, validation=self.validation, test=self.test)
         return self
 
     @property
@@ -110,7 +110,9 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         files = run(
-            "take data", import_files, given_files(train=config.train, validation=config.validation, test=config.test)
+            "take data",
+            import_files,
+            files_by_split(train=config.train, validation=config.validation, test=config.test),
         )
         pinned = config.revision.get
         teacher_base = run("take teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
@@ -137,15 +139,15 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
         for name in () if skipped else ARMS[:3]:
             label = name + AS_NF4
             scores[label] = run(f"evaluate {label}", evaluate, in_nf4, models[name], dataset, label, None, text)
-        comparisons = compared(run, scores, config.out_of_scope_intent)
+        comparisons = compare_pairs(run, scores, config.out_of_scope_intent)
         create_table_artifact(
             table(comparisons), key="ablation", description="What each step changes, on the same rows"
         )
-        shown = {
+        with_charts = {
             name: ref for name, ref in {"ingest": dataset, **models}.items() if name in ("ingest", "teacher", *ARMS)
         }
         kinds = {name: KINDS.get(name, "student") for name in scores}
-        return publish(run, dataset, scores, shown, None, kinds, {"comparisons": comparisons, "skipped": skipped})
+        return publish(run, dataset, scores, with_charts, None, kinds, {"comparisons": comparisons, "skipped": skipped})
 
 
 def _distilled(
@@ -165,34 +167,35 @@ def missing_for_nf4() -> dict[str, str]:
     return {}
 
 
-def compared(run: Stages, scores: dict[str, ReportRef], out_of_scope: str) -> list[dict[str, Any]]:
+def compare_pairs(run: Stages, scores: dict[str, ReportRef], out_of_scope: str) -> list[dict[str, Any]]:
     """Every pair of `PAIRS` that was evaluated, on all rows and in and out of scope."""
 
     def predictions(ref: ReportRef) -> list[Prediction]:
         return read_predictions(fetch_input(run.settings, ref.digest) / "predictions.jsonl")
 
-    found = []
+    comparisons = []
     for about, (a, b) in PAIRS.items():
         if a not in scores or b not in scores:
             continue
         check = primary_metric(scores[a].facts)
-        for one in compare_slices(predictions(scores[a]), predictions(scores[b]), check, out_of_scope):
-            if one.slice in SLICES:
-                found.append({"about": about, "from": a, "to": b, **one._asdict()})
-    return found
+        for paired in compare_slices(predictions(scores[a]), predictions(scores[b]), check, out_of_scope):
+            if paired.slice in SLICES:
+                comparisons.append({"about": about, "from": a, "to": b, **paired._asdict()})
+    return comparisons
 
 
 def table(comparisons: list[dict[str, Any]]) -> list[dict[str, str]]:
     """The comparisons as a person reads them: percent and points."""
     return [
         {
-            "question": one["about"], "from": one["from"], "to": one["to"], "rows": f"{one['slice']} ({one['rows']})",
-            one["check"].replace("_", " "): f"{one['a']:.1%} -> {one['b']:.1%}",
-            "difference": f"{100 * one['difference']:+.1f}",
-            "95 % interval": f"{100 * one['low']:+.1f} to {100 * one['high']:+.1f}",
-            "better/worse": f"{one['better']}/{one['worse']}", "p": f"{one['p']:.2g}",
+            "question": pair["about"], "from": pair["from"], "to": pair["to"],
+            "rows": f"{pair['slice']} ({pair['rows']})",
+            pair["check"].replace("_", " "): f"{pair['a']:.1%} -> {pair['b']:.1%}",
+            "difference": f"{100 * pair['difference']:+.1f}",
+            "95 % interval": f"{100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}",
+            "better/worse": f"{pair['better']}/{pair['worse']}", "p": f"{pair['p']:.2g}",
         }
-        for one in comparisons
+        for pair in comparisons
     ]  # fmt: skip
 
 

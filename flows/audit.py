@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from flows.checks import require_held_out, require_known_revisions
-from flows.config import given_files
+from flows.checks import require_revisions_of_models, require_separate_rows
+from flows.config import files_by_split
 from flows.flow_config import FlowConfig
 from flows.stages import Stages
 from flows.start import start
@@ -45,8 +45,8 @@ class AuditConfig(FlowConfig):
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Self:
-        require_known_revisions(self.revision, self.models.values())
-        require_held_out(self.train, test=self.test)
+        require_revisions_of_models(self.revision, self.models.values())
+        require_separate_rows(self.train, test=self.test)
         return self
 
     def unused_groups(self) -> dict[str, str]:
@@ -67,7 +67,7 @@ def audit(config: AuditConfig) -> dict[str, Any]:
             for name, source in config.models.items()
         }
         dataset: DatasetRef | None = None
-        files = given_files(train=config.train, test=config.test)
+        files = files_by_split(train=config.train, test=config.test)
         if files:
             dataset = run("ingest", ingest, config.ingest, run("take data", import_files, files))
         return publish_verdict(run, run("outliers", find_outliers, config.outliers, models, dataset))

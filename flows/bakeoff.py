@@ -13,8 +13,8 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import ConfigDict, Field, model_validator
 
-from flows.checks import require_held_out
-from flows.config import given_files
+from flows.checks import require_separate_rows
+from flows.config import files_by_split
 from flows.flow_config import FlowConfig
 from flows.stages import Stages
 from flows.start import start
@@ -73,7 +73,7 @@ class BakeoffFlowConfig(FlowConfig):
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Self:
-        require_held_out(self.train, test=self.test)
+        require_separate_rows(self.train, test=self.test)
         return self
 
 
@@ -85,7 +85,7 @@ def bakeoff(config: BakeoffFlowConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         model = run("take model", import_model, config.model, config.revision)
-        files = run("take data", import_files, given_files(train=config.train, test=config.test))
+        files = run("take data", import_files, files_by_split(train=config.train, test=config.test))
         dataset = run("ingest", ingest, config.ingest, files, model)
         outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
         verdict_table(run, outliers)

@@ -15,11 +15,11 @@ from tasks.gate import GateConfig
 
 
 class Across(NamedTuple):
-    """A setting that has an effect only while another, anywhere in the flow's config, is given (or is not)."""
+    """A setting that has an effect only while another, anywhere in the flow's config, has a value (or has none)."""
 
     setting: str
     other: str
-    given: bool
+    needs_value: bool
     remedy: str
 
 
@@ -49,7 +49,7 @@ def _idle(config: FlowConfig) -> Iterator[tuple[str, str]]:
             yield from _conditions(f"{name} {next(iter(item.model_dump().values()))}", item, kind.model_construct())
     for rule in ACROSS:
         value, other = _value(config, rule.setting), _value(config, rule.other)
-        if value not in (None, _default(config, rule.setting)) and (other is not None) != rule.given:
+        if value not in (None, _default(config, rule.setting)) and (other is not None) != rule.needs_value:
             yield rule.setting, f"{rule.other} is {'not given' if other is None else shown(other)}; {rule.remedy}"
 
 
@@ -79,15 +79,15 @@ def _default(config: FlowConfig, path: str) -> Any:
     return config.default(key) if key in type(config).model_fields else None
 
 
-def require_known_revisions(pins: Iterable[str], sources: Iterable[str]) -> None:
+def require_revisions_of_models(pins: Iterable[str], sources: Iterable[str]) -> None:
     """Raises ValueError for a pinned revision of a model that the run does not use."""
     if unknown := sorted(set(pins) - set(sources)):
         raise ValueError(f"revision: {unknown[0]!r} is none of this run's models ({', '.join(sources)}): correct it")
 
 
-def require_held_out(train: str | None, **others: str | None) -> None:
+def require_separate_rows(train: str | None, **evaluation_sources: str | None) -> None:
     """Raises ValueError where rows to learn from are also those to measure on."""
-    for split, source in others.items():
+    for split, source in evaluation_sources.items():
         if source is not None and source == train:
             raise ValueError(f"{split}: {source} is also train: give other rows, or leave {split} out")
 

@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from flows.checks import require_held_out, require_known_revisions, require_metric
+from flows.checks import require_metric, require_revisions_of_models, require_separate_rows
 from flows.flow_config import FlowConfig
 from tasks.distill import DistillConfig
 from tasks.evaluate import EvaluateConfig
@@ -18,19 +18,19 @@ from tasks.teacher import FineTuneConfig
 DELIVERED: list[Kind] = ["BF16", "Q8_0", "Q4_0", "Q4_K_M"]
 
 
-def given_files(**files: str | None) -> dict[str, str]:
+def files_by_split(**files: str | None) -> dict[str, str]:
     """Files by split, those that are given."""
     return {split: path for split, path in files.items() if path}
 
 
-def _kinds_once(files: list[GgufConfig]) -> list[GgufConfig]:
-    kinds = [one.kind for one in files]
+def _require_distinct_kinds(files: list[GgufConfig]) -> list[GgufConfig]:
+    kinds = [conversion.kind for conversion in files]
     if len(set(kinds)) < len(kinds):
         raise ValueError(f"gguf names a kind twice: {', '.join(kinds)}")
     return files
 
 
-GgufFiles = Annotated[list[GgufConfig], Field(min_length=1), AfterValidator(_kinds_once)]
+GgufFiles = Annotated[list[GgufConfig], Field(min_length=1), AfterValidator(_require_distinct_kinds)]
 """GGUF files to deliver: one of a kind, for they are named by it."""
 
 
@@ -79,20 +79,20 @@ class PipelineConfig(FlowConfig):
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Self:
-        require_known_revisions(self.revision, (self.teacher_base, self.student_base))
-        require_held_out(self.train, validation=self.validation, test=self.test)
+        require_revisions_of_models(self.revision, (self.teacher_base, self.student_base))
+        require_separate_rows(self.train, validation=self.validation, test=self.test)
         require_metric(self.gate, self.evaluate)
         return self
 
     @model_validator(mode="after")
     def _files_lie_on_the_grid(self) -> Self:
-        for one in self.gguf:
-            plain = not one.imatrix and not one.overrides and one.sensitive == "recommend"
-            on_grid = plain and one.embedding_type == self.student.grid_embedding
-            if one.kind == self.student.grid and not on_grid:
+        for conversion in self.gguf:
+            plain = not conversion.imatrix and not conversion.overrides and conversion.sensitive == "recommend"
+            on_grid = plain and conversion.embedding_type == self.student.grid_embedding
+            if conversion.kind == self.student.grid and not on_grid:
                 raise ValueError(
-                    f"the student is trained on the grid of {one.kind}: give that GGUF imatrix: false, no overrides, "
-                    f"sensitive: recommend and embedding_type: {self.student.grid_embedding}, "
+                    f"the student is trained on the grid of {conversion.kind}: give that GGUF imatrix: false, "
+                    f"no overrides, sensitive: recommend and embedding_type: {self.student.grid_embedding}, "
                     "or its weights are rounded once more"
                 )
         return self
@@ -100,7 +100,7 @@ class PipelineConfig(FlowConfig):
     @property
     def files(self) -> dict[str, str]:
         """The user's files by split, those that are given."""
-        return given_files(train=self.train, validation=self.validation, test=self.test)
+        return files_by_split(train=self.train, validation=self.validation, test=self.test)
 
     @property
     def direct_config(self) -> FineTuneConfig:

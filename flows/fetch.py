@@ -20,18 +20,18 @@ def artifacts(run: str, settings: Settings) -> dict[str, str]:
     """What a run delivered: digests by name. Raises BadConfig where there is no such run."""
     with tempfile.TemporaryDirectory() as scratch:
         summary = json.loads((find_run(run, Path(scratch), settings) / "summary.json").read_text())
-    found: dict[str, str] = summary.get("artifacts", {})
-    return found
+    digests: dict[str, str] = summary.get("artifacts", {})
+    return digests
 
 
 def fetch(run: str, name: str, target: Path, settings: Settings) -> Path:
     """Puts the files of `name` into the new directory `target`, every byte verified."""
-    found = artifacts(run, settings)
-    if name not in found:
-        raise BadConfig(f"{run} made no {name!r}; it made {', '.join(found) or 'nothing that was delivered'}")
+    digests = artifacts(run, settings)
+    if name not in digests:
+        raise BadConfig(f"{run} made no {name!r}; it made {', '.join(digests) or 'nothing that was delivered'}")
     if target.exists():
         raise BadConfig(f"{target} is there already: give a directory that is not")
-    open_store(settings.store_uri).fetch(found[name], target)
+    open_store(settings.store_uri).fetch(digests[name], target)
     target.with_name(target.name + ".fetched").unlink()
     return target
 

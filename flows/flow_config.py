@@ -62,8 +62,9 @@ class FlowConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             problems = [(problem["loc"], problem["msg"].removeprefix("Value error, ")) for problem in error.errors()]
-            own = [(loc, text) for loc, text in problems if len(loc) < 2 or loc[-1] not in FlowConfig.model_fields]
-            lines = (f"  {'.'.join(map(str, loc))}: {text}" if loc else f"  {text}" for loc, text in own)
+            shared = FlowConfig.model_fields  # a wrong one is named once, not for every stage that it is handed to
+            problems = [(loc, text) for loc, text in problems if len(loc) < 2 or loc[-1] not in shared]
+            lines = (f"  {'.'.join(map(str, loc))}: {text}" if loc else f"  {text}" for loc, text in problems)
             raise ValueError(f"{source} has settings that do not fit:\n" + "\n".join(lines)) from error
 
     @classmethod
@@ -115,7 +116,7 @@ class FlowConfig(BaseModel):
         return settings
 
     @model_serializer(mode="wrap")
-    def _once(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_repetitions(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The values as they can be read again: run-wide settings at the top only."""
         values: dict[str, Any] = handler(self)
         for name, kind in {**self.groups(), **self.lists()}.items():
@@ -174,8 +175,8 @@ class FlowConfig(BaseModel):
     def form_order(cls) -> list[str]:
         """Fields as a person meets them: the flow's own, what all stages share, groups."""
         groups = cls.groups()
-        own = [name for name in cls.model_fields if name not in groups and name not in FlowConfig.model_fields]
-        return [*own, *FlowConfig.model_fields, *groups]
+        flow_fields = [name for name in cls.model_fields if name not in groups and name not in FlowConfig.model_fields]
+        return [*flow_fields, *FlowConfig.model_fields, *groups]
 
 
 def _stage_config(annotation: Any) -> type[StageConfig] | None:
@@ -194,9 +195,9 @@ def _filled(name: str, kind: type[StageConfig], value: Any, default: StageConfig
     settings = _set(value)
     if not isinstance(settings, Mapping):
         return value
-    shared_here = run_wide(kind)
-    if misplaced := sorted(shared_here & settings.keys()):
+    shared_names = run_wide(kind)
+    if misplaced := sorted(shared_names & settings.keys()):
         key = misplaced[0]
         raise ValueError(f"{name}.{key}: set {key} at the top: it is one setting for the whole run")
     defaults = default.model_dump(exclude_unset=True) if default is not None else {}
-    return {**defaults, **settings, **{key: shared[key] for key in shared_here}}
+    return {**defaults, **settings, **{key: shared[key] for key in shared_names}}

@@ -23,7 +23,7 @@ BYTES_PER_TOKEN = 2.5  # Gemma's tokenizer on English and JSON has 3 to 4; numbe
 TEMPLATE_TOKENS = 20
 SIBLINGS = {"validation": ("validation", "valid", "val", "dev"), "test": ("test", "eval")}
 CARDS = ((60, "80gb"), (20, "24gb"), (0, "16gb"))  # GiB from which on a card counts as one of this size
-FEW_ROWS = IngestConfig().minimum_rows
+MINIMUM_ROWS = IngestConfig().minimum_rows
 
 
 class Rows(NamedTuple):
@@ -41,7 +41,7 @@ def main(data: Path, out: Path, teacher: str | None, student: str | None, force:
     try:
         if out.exists() and not force:
             raise ValueError(f"{out} exists: give another name with --out, or --force to overwrite it")
-        text = write_config(look_at_rows(data), smallest_card(), teacher, student, out.name)
+        text = write_config(describe_rows(data), smallest_card(), teacher, student, out.name)
         PipelineConfig.checked(yaml.safe_load(text), str(out))
     except (ValueError, OSError) as error:
         sys.exit(f"stillhouse: {error}")
@@ -50,7 +50,7 @@ def main(data: Path, out: Path, teacher: str | None, student: str | None, force:
     print(f"  stillhouse run {out}")
 
 
-def look_at_rows(data: Path) -> Rows:
+def describe_rows(data: Path) -> Rows:
     """Counts and measures the rows, and finds validation and test files beside them. Raises ValueError for no file."""
     train = data
     if data.is_dir():
@@ -58,9 +58,9 @@ def look_at_rows(data: Path) -> Rows:
         train = next((data / name for name in names if (data / name).is_file()), data)
     if not train.exists():
         raise ValueError(f"{train} is not there; paths are relative to {Path.cwd()}")
-    held_out = {split: _sibling(train, names) for split, names in SIBLINGS.items()} if train.is_file() else {}
+    evaluation_files = {split: _sibling(train, names) for split, names in SIBLINGS.items()} if train.is_file() else {}
     count, longest = _measure(train)
-    return Rows(str(train), held_out.get("validation"), held_out.get("test"), count, longest)
+    return Rows(str(train), evaluation_files.get("validation"), evaluation_files.get("test"), count, longest)
 
 
 def _sibling(train: Path, names: tuple[str, ...]) -> str | None:
@@ -132,8 +132,8 @@ def write_config(rows: Rows, card: Card | None, teacher: str | None, student: st
     ]
     if rows.longest_tokens:
         lines.append(_line("max_length", fitting_length(rows.longest_tokens), "longer rows are left out"))
-    if 0 < rows.number < FEW_ROWS:
-        lines.append("ingest: {allow_few_rows: true}  # fewer than " + str(FEW_ROWS) + ": expect little")
+    if 0 < rows.number < MINIMUM_ROWS:
+        lines.append("ingest: {allow_few_rows: true}  # fewer than " + str(MINIMUM_ROWS) + ": expect little")
     lines.append("gguf: [Q8_0, Q4_K_M]  # the files to deliver")
     return "\n".join(lines) + "\n"
 

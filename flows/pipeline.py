@@ -68,7 +68,8 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         verdict_table(run, outliers)
         merged = run("merge", merge, config.merge, student, dataset)
         ggufs: dict[str, GgufRef] = {
-            one.kind: run(f"gguf {one.kind}", convert, one, merged, dataset, outliers=outliers) for one in config.gguf
+            conversion.kind: run(f"gguf {conversion.kind}", convert, conversion, merged, dataset, outliers=outliers)
+            for conversion in config.gguf
         }
 
         models: dict[str, AnyModel | None] = {
@@ -86,10 +87,10 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
         for kind, file in ggufs.items():
             scores[kind] = run(f"evaluate {kind}", evaluate, config.evaluate, merged, dataset, kind, file, text)
         verdict = run.attempt("gate", gate, config.gate, scores)
-        shown = {"ingest": dataset, "teacher": teacher, "student": student, "outliers": outliers}
-        shown |= {"direct": direct} if direct else {}
-        made = {"teacher": teacher, "student": student, "merged": merged, **ggufs}
-        summary = publish(run, dataset, scores, shown, verdict, delivered=made)
+        with_charts = {"ingest": dataset, "teacher": teacher, "student": student, "outliers": outliers}
+        with_charts |= {"direct": direct} if direct else {}
+        delivered = {"teacher": teacher, "student": student, "merged": merged, **ggufs}
+        summary = publish(run, dataset, scores, with_charts, verdict, delivered=delivered)
         require_passed(verdict)
         return summary
 

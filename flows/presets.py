@@ -16,9 +16,9 @@ def read_preset(name: str) -> dict[str, Any]:
     """A preset's settings, on top of those of the preset that it starts from. Raises ValueError for an unknown name."""
     if name not in preset_names():
         raise ValueError(f"preset: there is no {name!r}; there are {', '.join(preset_names())}")
-    own: dict[str, Any] = yaml.safe_load(preset_text(name))
-    settings = read_preset(own.pop("preset")) if "preset" in own else {}
-    for key, value in own.items():
+    settings_of_file: dict[str, Any] = yaml.safe_load(preset_text(name))
+    settings = read_preset(settings_of_file.pop("preset")) if "preset" in settings_of_file else {}
+    for key, value in settings_of_file.items():
         below = settings.get(key)
         settings[key] = {**below, **value} if isinstance(below, dict) and isinstance(value, dict) else value
     return settings

@@ -3,7 +3,7 @@
 python -m flows.quantize deployments/presets/quantize.yaml
 
 model ── take ──┬── find outliers ──┐
-                ├── merge (remedy) ─┴── GGUF (one a kind) ── evaluate ── gate ── report
+                ├── merge (remedy) ─┴── GGUF (conversion a kind) ── evaluate ── gate ── report
 rows ── ingest ─┘
 """
 
@@ -12,8 +12,8 @@ from typing import Any, Self
 from prefect import flow
 from pydantic import ConfigDict, model_validator
 
-from flows.checks import require_held_out, require_metric
-from flows.config import DELIVERED, GgufFiles, given_files
+from flows.checks import require_metric, require_separate_rows
+from flows.config import DELIVERED, GgufFiles, files_by_split
 from flows.flow_config import FlowConfig
 from flows.report import publish, show
 from flows.stages import Stages
@@ -53,14 +53,14 @@ class QuantizeConfig(FlowConfig):
     merge: MergeConfig = MergeConfig()
     """Only `remedy` and its settings matter here; `none` skips the stage."""
     gguf: GgufFiles = [GgufConfig(kind=kind) for kind in DELIVERED]
-    """The GGUF files to make, one of a kind."""
+    """The GGUF files to make, conversion of a kind."""
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig(student_points=None, gain_points=None)
     """How much a file may lose beside the model. There is no teacher and no base here to judge the model by."""
 
     @model_validator(mode="after")
     def _inputs_fit(self) -> Self:
-        require_held_out(self.train, test=self.test)
+        require_separate_rows(self.train, test=self.test)
         require_metric(self.gate, self.evaluate)
         for rule in ("student_points", "gain_points"):
             if getattr(self.gate, rule) is not None:
@@ -80,18 +80,20 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         model = run("take model", import_model, config.model, config.revision)
-        files = run("take data", import_files, given_files(train=config.train, test=config.test))
+        files = run("take data", import_files, files_by_split(train=config.train, test=config.test))
         dataset = run("ingest", ingest, config.ingest, files, model)
         outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
         verdict_table(run, outliers)
         source = model if config.merge.remedy == "none" else run("remedy", merge, config.merge, model, dataset)
         scores = {"model": run("evaluate model", evaluate, config.evaluate, model, dataset, "model")}
-        made: dict[str, GgufRef] = {}
-        for one in config.gguf:
-            made[one.kind] = gguf = run(f"gguf {one.kind}", convert, one, source, dataset, outliers=outliers)
-            scores[one.kind] = run(f"evaluate {one.kind}", evaluate, config.evaluate, source, dataset, one.kind, gguf)
+        delivered: dict[str, GgufRef] = {}
+        for conversion in config.gguf:
+            kind = conversion.kind
+            gguf = run(f"gguf {kind}", convert, conversion, source, dataset, outliers=outliers)
+            scores[kind] = run(f"evaluate {kind}", evaluate, config.evaluate, source, dataset, kind, gguf)
+            delivered[kind] = gguf
         verdict = run.attempt("gate", gate, config.gate, {"student": scores["model"]} | _files(scores))
-        summary = publish(run, dataset, scores, {"ingest": dataset, "outliers": outliers}, verdict, delivered=made)
+        summary = publish(run, dataset, scores, {"ingest": dataset, "outliers": outliers}, verdict, delivered=delivered)
         require_passed(verdict)
         return summary
 

@@ -78,7 +78,8 @@ def _flows() -> Iterator[str]:
             changes = config.default(name).model_dump(exclude_unset=True)
             differs = ", ".join(f"`{key}: {shown(value)}`" for key, value in changes.items())
             defaults_of_flow = f" Here by default {differs}." if differs else ""
-            yield f"- `{name}`: {_line(help_)}{defaults_of_flow} Settings: [{group.__name__}](#{group.__name__.lower()})"
+            link = f"[{group.__name__}](#{group.__name__.lower()})"
+            yield f"- `{name}`: {_line(help_)}{defaults_of_flow} Settings: {link}"
         yield ""
 
 

@@ -99,7 +99,7 @@ def report_directory(home: Path, name: str, flow_run_id: str) -> Path:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as MLflow params: `teacher.rank = 32`."""
-    found: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        params |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return params

@@ -18,9 +18,9 @@ from typing import Literal
 from deployments.quickstart import out_of_scope, values, wordings
 
 TRAIN_ROWS, TRAIN_OUT_OF_SCOPE = 1900, 330
-HELD_OUT_ROWS, HELD_OUT_OUT_OF_SCOPE = 440, 110
+EVALUATION_ROWS, EVALUATION_OUT_OF_SCOPE = 440, 110
 MIXED = ("issue", "component", "part", "defect", "hazard", "task")
-HERE = Path(__file__).parent / "data"
+DATA_DIRECTORY = Path(__file__).parent / "data"
 Split = Literal["train", "validation", "test"]
 SEEDS: dict[Split, str] = {
     "train": "quickstart train", "validation": "quickstart test", "test": "quickstart test again",
@@ -45,9 +45,9 @@ def phrase(rng: random.Random, pool: tuple[list[str], list[str]], test: bool) ->
 
 def machine(rng: random.Random, test: bool) -> str:
     """A machine id; the prefixes of the test file's are never seen in training."""
-    made_up = "".join(rng.choices(string.ascii_uppercase, k=2))
-    known = test or rng.random() < 0.25 or made_up in values.MACHINE[1]
-    return f"{pick(rng, values.MACHINE, test) if known else made_up}-{number(rng, 1, 999, test)}"
+    prefix = "".join(rng.choices(string.ascii_uppercase, k=2))
+    from_list = test or rng.random() < 0.25 or prefix in values.MACHINE[1]
+    return f"{pick(rng, values.MACHINE, test) if from_list else prefix}-{number(rng, 1, 999, test)}"
 
 
 def date(rng: random.Random, test: bool) -> str:
@@ -75,17 +75,17 @@ def person(rng: random.Random, test: bool) -> str:
 def measurement(rng: random.Random, test: bool) -> dict[str, str]:
     """A quantity with a value and one of its units."""
     quantity = rng.choice(list(wordings.UNITS))
-    whole = number(rng, 1, 980, test)
-    value = rng.choice([str(whole), f"{whole % 100 if whole % 100 else 7}.{number(rng, 1, 99, test)}"])
+    kilograms = number(rng, 1, 980, test)
+    value = rng.choice([str(kilograms), f"{kilograms % 100 if kilograms % 100 else 7}.{number(rng, 1, 99, test)}"])
     return {"quantity": quantity, "value": value, "unit": rng.choice(wordings.UNITS[quantity])}
 
 
 def entities(rng: random.Random, intent: str, test: bool) -> dict[str, str]:
     """Values for all entity keys of `intent`, in its key order."""
-    known = measurement(rng, test) if intent == "log_measurement" else {}
+    entity_values = measurement(rng, test) if intent == "log_measurement" else {}
     if "part_number" in wordings.INTENTS[intent]:
         tail = rng.choice(["", "", rng.choice("YZ" if test else "ABCD")])
-        known["part_number"] = (
+        entity_values["part_number"] = (
             f"{pick(rng, values.PART_NUMBER, test)}{number(rng, 1000, 9999, test)}{'-' + tail if tail else ''}"
         )
     draw = {
@@ -101,13 +101,13 @@ def entities(rng: random.Random, intent: str, test: bool) -> dict[str, str]:
         "result": lambda: rng.choice(wordings.RESULT),
     }
     for key in wordings.INTENTS[intent]:
-        if key not in known:
-            known[key] = (
+        if key not in entity_values:
+            entity_values[key] = (
                 draw[key]()
                 if key in draw
                 else (phrase if key in MIXED else pick)(rng, getattr(values, key.upper()), test)
             )
-    return {key: known[key] for key in wordings.INTENTS[intent]}
+    return {key: entity_values[key] for key in wordings.INTENTS[intent]}
 
 
 def sentence(rng: random.Random, wording: str, filled: dict[str, str]) -> str:
@@ -147,20 +147,20 @@ def off_topic(rng: random.Random, test: bool) -> dict[str, str]:
 def rows(split: Split) -> list[dict[str, str]]:
     """All rows of one file, unique by command, shuffled; the same every time."""
     rng, test = random.Random(SEEDS[split]), split != "train"
-    total, off = (HELD_OUT_ROWS, HELD_OUT_OUT_OF_SCOPE) if test else (TRAIN_ROWS, TRAIN_OUT_OF_SCOPE)
-    taken = {row["instruction"] for row in rows("validation")} if split == "test" else set()
-    found: dict[str, dict[str, str]] = {}
+    total, off = (EVALUATION_ROWS, EVALUATION_OUT_OF_SCOPE) if test else (TRAIN_ROWS, TRAIN_OUT_OF_SCOPE)
+    excluded = {row["instruction"] for row in rows("validation")} if split == "test" else set()
+    unique: dict[str, dict[str, str]] = {}
 
     def add(row: dict[str, str]) -> None:
-        if row["instruction"] not in taken:
-            found.setdefault(row["instruction"], row)
+        if row["instruction"] not in excluded:
+            unique.setdefault(row["instruction"], row)
 
-    while len(found) < off:
+    while len(unique) < off:
         add(off_topic(rng, test))
     intents = list(wordings.INTENTS)
-    while len(found) < total:
-        add(command(rng, intents[len(found) % len(intents)], test))
-    result = list(found.values())
+    while len(unique) < total:
+        add(command(rng, intents[len(unique) % len(intents)], test))
+    result = list(unique.values())
     rng.shuffle(result)
     return result
 
@@ -172,9 +172,9 @@ def jsonl(split: Split) -> str:
 
 def main() -> None:
     """Write the files and say how many rows they have."""
-    HERE.mkdir(exist_ok=True)
+    DATA_DIRECTORY.mkdir(exist_ok=True)
     for split in SEEDS:
-        (HERE / f"{split}.jsonl").write_text(jsonl(split), encoding="utf-8")
+        (DATA_DIRECTORY / f"{split}.jsonl").write_text(jsonl(split), encoding="utf-8")
         print(f"{split}.jsonl: {len(rows(split))} rows")
 
 

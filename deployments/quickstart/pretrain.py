@@ -164,9 +164,9 @@ def train(
             if time.time() - saved > 60:
                 bases.save(model, files, out / which)
                 saved = time.time()
-        at = (step * batch) % max(1, len(ids) - batch + 1)
+        offset = (step * batch) % max(1, len(ids) - batch + 1)
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=cuda):
-            loss = loss_of(model, ids[at : at + batch].long(), weights[at : at + batch])
+            loss = loss_of(model, ids[offset : offset + batch].long(), weights[offset : offset + batch])
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         set_rate(optimizer, PEAK_LR[which] * min(1.0, (step + 1) / WARM_UP) * (1.0 - spent))

@@ -66,10 +66,10 @@ def identifier(rng: random.Random) -> str:
     """A made-up code such as QX-731, B 20, KT48210-C or NOR-24-007."""
     letters = "".join(rng.choices(string.ascii_uppercase, k=rng.choice((1, 2, 2, 2, 3, 3, 4))))
     digits = "".join(rng.choices(string.digits, k=rng.choice((1, 2, 3, 3, 4, 5))))
-    more = rng.choice(
+    suffix = rng.choice(
         ["", "", "", f"-{rng.choice(string.ascii_uppercase)}", f"-{rng.randint(0, 999):03d}", f"/{rng.randint(1, 99)}"]
     )
-    return letters + rng.choice(["-", "-", "-", "", "", " "]) + digits + more
+    return letters + rng.choice(["-", "-", "-", "", "", " "]) + digits + suffix
 
 
 def number(rng: random.Random) -> str:
@@ -117,12 +117,12 @@ def span(rng: random.Random) -> str:
     )
 
 
-def place(rng: random.Random) -> str:
+def site(rng: random.Random) -> str:
     """A place, in town or at home."""
     noun = word(rng, w.NOUNS)
     return rng.choice(
         [
-            rng.choice(w.PLACES),
+            rng.choice(w.SITES),
             f"the {word(rng, w.ADJECTIVES)} {noun}",
             f"{noun} {rng.randint(1, 60)}",
             f"the {word(rng, w.NOUNS)} {noun}",
@@ -141,7 +141,7 @@ DRAW: dict[str, Callable[[random.Random], str]] = {
     "date": date,
     "span": span,
     "id": identifier,
-    "place": place,
+    "place": site,
     "count": number,
     "task": task,
     "state": lambda rng: rng.choice(w.STATES),
@@ -176,14 +176,14 @@ class Schema:
     def wording(self, rng: random.Random) -> str:
         """A sentence with a field for every slot, in any order, around the schema's verb and noun."""
         head = rng.choice(w.HEADS).format(v=self.verb, n=self.noun, V=self.verb.capitalize(), N=self.noun.capitalize())
-        said = [rng.choice(w.PHRASES[kind]).format(f"{{{i}}}") for i, kind in enumerate(self.types)]
-        rng.shuffle(said)
-        parts = [head, *said] if head else said
+        phrases = [rng.choice(w.PHRASES[kind]).format(f"{{{i}}}") for i, kind in enumerate(self.types)]
+        rng.shuffle(phrases)
+        parts = [head, *phrases] if head else phrases
         if rng.random() < 0.4:
-            first = said[0] + (
+            first = phrases[0] + (
                 rng.choice([" has", " is", ":", " was", " needs", " shows", ","]) if rng.random() < 0.5 else ""
             )
-            parts = [first, *([head] if head else []), *said[1:]]
+            parts = [first, *([head] if head else []), *phrases[1:]]
         joint = rng.choice([" ", " ", " ", " ", ", ", "; ", " and "])
         return "".join(
             (rng.choice([" ", " ", joint]) if i else "") + part for i, part in enumerate(parts)
@@ -200,8 +200,8 @@ class Schema:
         opener = rng.choice(w.OPENERS)
         if rng.random() < 0.7:
             text = text[0].upper() + text[1:] if not opener and self.types else text
-        said = [(self.keys[i], drawn[i]) for i in self.order]
-        inner = {k: v for key, value in said for k, v in zip(key.split(), value.split("\t"), strict=True)}
+        pairs = [(self.keys[i], drawn[i]) for i in self.order]
+        inner = {k: v for key, value in pairs for k, v in zip(key.split(), value.split("\t"), strict=True)}
         return opener + text + rng.choice(w.CLOSERS), json.dumps(
             {self.outer[0]: self.intent, self.outer[1]: inner}, ensure_ascii=False
         )
@@ -232,7 +232,7 @@ def fill(rng: random.Random) -> dict[str, str]:
         "m": number(rng),
         "year": str(rng.randint(1500, 2040)),
         "day": date(rng),
-        "place": place(rng),
+        "place": site(rng),
         "id": identifier(rng),
         "id2": identifier(rng),
     }
@@ -241,15 +241,15 @@ def fill(rng: random.Random) -> dict[str, str]:
 def chat(turns: list[tuple[str, str]], first: float = 1.0) -> list[Piece]:
     """Turns in Gemma's chat format; `first` is the weight of the first answer, which may be a guess."""
     pieces: list[Piece] = [("<bos>", 0.0)]
-    for asked, answered in turns:
-        pieces.append((f"<start_of_turn>user\n{asked}<end_of_turn>\n<start_of_turn>model\n", PROMPT_WEIGHT))
-        pieces.append((f"{answered}<end_of_turn>\n", first if len(pieces) == 2 else 1.0))
+    for command, answer in turns:
+        pieces.append((f"<start_of_turn>user\n{command}<end_of_turn>\n<start_of_turn>model\n", PROMPT_WEIGHT))
+        pieces.append((f"{answer}<end_of_turn>\n", first if len(pieces) == 2 else 1.0))
     return pieces
 
 
 def listing(rng: random.Random) -> tuple[str, str]:
     """Small exercises in copying: repeat, sort out, put in quotes, list as JSON."""
-    values = [rng.choice([identifier, number, thing, person, date, place, task])(rng) for _ in range(rng.randint(1, 4))]
+    values = [rng.choice([identifier, number, thing, person, date, site, task])(rng) for _ in range(rng.randint(1, 4))]
     kind = rng.randrange(4)
     if kind == 0:
         return "Repeat: " + ", ".join(values), ", ".join(values)
@@ -270,11 +270,11 @@ def document(rng: random.Random) -> list[Piece]:
         return chat([remembered(rng.randrange(SCHEMAS)).example(rng)])
     if kind < 0.60:
         schema = Schema(rng)
-        asked, answered = schema.example(rng)
+        command, answer = schema.example(rng)
         if rng.random() < 0.12:
             form = rng.choice(w.QUESTIONS)[0]
-            asked, answered = form.format(**fill(rng)), json.dumps({schema.outer[0]: "none", schema.outer[1]: {}})
-        return chat([(rng.choice([f"{schema.hint()}\n{asked}", f"{asked}\n{schema.hint()}"]), answered)])
+            command, answer = form.format(**fill(rng)), json.dumps({schema.outer[0]: "none", schema.outer[1]: {}})
+        return chat([(rng.choice([f"{schema.hint()}\n{command}", f"{command}\n{schema.hint()}"]), answer)])
     if kind < 0.70:
         schema = Schema(rng)
         return chat([schema.example(rng) for _ in range(rng.choice((2, 3)))], first=PROMPT_WEIGHT)

@@ -48,7 +48,7 @@ shut sing sort start stir stop store sweep take teach tell test throw tie track 
 wait walk warm warn wash weigh wipe wrap write book cancel confirm register measure order request close assign record set show
 list report schedule log inspect note enter review finish get put replace""".split()
 
-PLACES = """Linden Hall|the green room|room 12|the lobby|platform 9|the old barn|Market Street|the west wing|the attic|table 6|
+SITES = """Linden Hall|the green room|room 12|the lobby|platform 9|the old barn|Market Street|the west wing|the attic|table 6|
 the river bank|Pine Road|the first floor|desk 21|the blue tent|harbor 3|the court|the playground|Oak Lane|the cellar|ward 5|
 the reading room|the back yard|stage 2|the clinic|corner shop|gate 14|the chapel|shelf 30|the upper deck|Hill Street|the pool|
 the music hall|row 8|the front desk|pier 11|seat 40|the cold store|the studio|field 16|the fish market|pen 4|kitchen 1|the stable|

@@ -129,8 +129,10 @@ def save(model: bytes, out: Path) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(out)
     written = json.loads((out / "tokenizer_config.json").read_text())
-    kept = {key: value for key, value in written.items() if key not in ("vocab_file", "is_local", "local_files_only")}
-    (out / "tokenizer_config.json").write_text(json.dumps(kept, indent=2) + "\n")
+    document = {
+        key: value for key, value in written.items() if key not in ("vocab_file", "is_local", "local_files_only")
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(document, indent=2) + "\n")
     (out / "tokenizer.model").write_bytes(model)
 
 

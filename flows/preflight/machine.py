@@ -57,8 +57,10 @@ def _libraries(config: FlowConfig | None) -> Iterator[Check]:
 
 def _compiler() -> Iterator[Check]:
     """Triton compiles a launcher for each kernel with the C compiler and Python's headers."""
-    wanted = os.environ.get("CC")
-    compiler = shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, COMPILERS)), None)
+    chosen_compiler = os.environ.get("CC")
+    compiler = (
+        shutil.which(chosen_compiler) if chosen_compiler else next(filter(None, map(shutil.which, COMPILERS)), None)
+    )
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if compiler is None:
         yield Check("C compiler", "fail", "none found, and Triton needs one", "apt-get install gcc, or set CC")
@@ -82,7 +84,7 @@ def _disk(config: FlowConfig | None, settings: Settings) -> Iterator[Check]:
     if config is None:
         yield Check("disk", "ok", f"{free / GB:.1f} GB free at {settings.root}")
         return
-    least, likely = needed_bytes(config, stores_here=settings.store_uri.startswith("file:"))
+    least, likely = needed_bytes(config, store_on_disk=settings.store_uri.startswith("file:"))
     result = f"{free / GB:.1f} GB free at {settings.root}; the run writes about {likely / GB:.1f} GB"
     remedy = "free some, or move STILLHOUSE_HOME to a larger disk"
     yield Check("disk", "fail" if free < least else "warn" if free < likely else "ok", result, remedy)

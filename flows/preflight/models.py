@@ -70,9 +70,9 @@ def _on_hub(source: str, revision: str | None) -> Path | Check:
     except errors.GatedRepoError:
         return Check("", "fail", f"{source} is gated", "accept its licence on the hub and set HF_TOKEN")
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        here = Path(source).absolute()
-        said = f"{source} is neither a directory ({here}) nor on the hub: {str(error).splitlines()[0]}"
-        return Check("", "fail", said, "correct the name, or set HF_TOKEN for a private model")
+        path = Path(source).absolute()
+        message = f"{source} is neither a directory ({path}) nor on the hub: {str(error).splitlines()[0]}"
+        return Check("", "fail", message, "correct the name, or set HF_TOKEN for a private model")
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        said = f"{source} is no directory here, and the hub does not answer: {str(error).splitlines()[0]}"
-        return Check("", "fail", said, "connect to the hub, or give a local directory")
+        message = f"{source} is no directory here, and the hub does not answer: {str(error).splitlines()[0]}"
+        return Check("", "fail", message, "connect to the hub, or give a local directory")

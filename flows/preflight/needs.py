@@ -69,19 +69,19 @@ def trainings(config: FlowConfig) -> dict[str, Training]:
     return planned
 
 
-def needed_bytes(config: FlowConfig, stores_here: bool) -> tuple[float, float]:
+def needed_bytes(config: FlowConfig, store_on_disk: bool) -> tuple[float, float]:
     """Bytes that the run writes at least, and about. Models that are not on this machine yet are not counted."""
     sizes = {part: _weights(Path(source).expanduser()) for part, source in base_models(config).items()}
     bases = sum(sizes.values())
     delivered = sizes.get("student", sizes.get("model", 0.0))
-    copies = 2.0 if stores_here else 1.0  # the store's, and the one that a stage reads
+    copies = 2.0 if store_on_disk else 1.0  # the store's, and the one that a stage reads
     files = len(getattr(config, "gguf", ())) * delivered * 0.6
-    made = delivered * (2.0 if _trained(config) else 0.0) + files
+    outputs = delivered * (2.0 if _trained(config) else 0.0) + files
     checkpoint = sum(
         2 * FULL_CHECKPOINT * sizes[part] for part in ("teacher", "student")
         if _trained(config) and getattr(config, part).method == "full"
     )  # fmt: skip
-    return copies * bases, copies * (bases + made) + checkpoint + _teacher_cache(config)
+    return copies * bases, copies * (bases + outputs) + checkpoint + _teacher_cache(config)
 
 
 def _weights(directory: Path) -> float:
@@ -110,7 +110,7 @@ def first_file(config: FlowConfig) -> tuple[Path | None, Check | None]:
     path = Path(source).expanduser()
     pattern = path.is_dir() or any(mark in source for mark in "*?[")
     paths = sorted(path.rglob("*") if path.is_dir() else Path.cwd().glob(source)) if pattern else [path]
-    files = [one for one in paths if one.is_file() and (not pattern or data_suffix(one.name))]
+    files = [file for file in paths if file.is_file() and (not pattern or data_suffix(file.name))]
     if not files:
         return None, Check("first rows", "fail", f"train: nothing at {path.absolute()}", "correct the path")
     return next((file for file in files if "train" in file.name), files[0]), None

@@ -41,8 +41,8 @@ def _libraries(config: PreflightConfig) -> Iterator[Check]:
         except (ImportError, OSError, RuntimeError) as error:
             broken[name] = str(error).splitlines()[0]
     if broken:
-        said = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-        yield Check("libraries", "fail", said, "pip install 'stillhouse[gpu]'")
+        message = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+        yield Check("libraries", "fail", message, "pip install 'stillhouse[gpu]'")
     elif config.libraries:
         yield Check("libraries", "ok", f"{', '.join(config.libraries)} can be imported")
 
@@ -101,11 +101,11 @@ def _memory(
     config: PreflightConfig, name: str, training: Training, models: Mapping[str, ModelDir], examples: list[Example]
 ) -> Check:
     """The memory plan that the training will make, by its first rows; without rows by the longest that is allowed."""
-    asked = training.settings.memory_gib
-    gib = config.card_gib if asked == "auto" else None if asked == "off" else asked
+    budget = training.settings.memory_gib
+    gib = config.card_gib if budget == "auto" else None if budget == "off" else budget
     label = f"memory of {name}"
     if gib is None:
-        return Check(label, "ok", "no CUDA device, so nothing to plan" if asked == "auto" else "memory_gib is off")
+        return Check(label, "ok", "no CUDA device, so nothing to plan" if budget == "auto" else "memory_gib is off")
     lengths = [len(example.input_ids) for example in examples] or [config.max_length]
     labels = sum(len(example.answer_ids) for example in examples) / sum(lengths) if examples else 1.0
     extra = _extra(training, models)

@@ -23,6 +23,9 @@ def test_unknown_and_wrong_settings_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("train: t.jsonl\nteacher_base: a\nstudent_base: b\nteacher:\n  rank: 0\n")
     with pytest.raises(ValueError, match=r"teacher\.rank"):
         PipelineConfig.load(tmp_path / "my.yaml")
+    with pytest.raises(ValueError, match="max_length") as refused:
+        PipelineConfig.checked({**NEEDED, "max_length": 3}, "my.yaml")
+    assert str(refused.value).count("max_length") == 1, "once, not for every stage that it is handed to"
     (tmp_path / "not.yaml").write_text("train: [")
     with pytest.raises(ValueError, match="not YAML"):
         PipelineConfig.load(tmp_path / "not.yaml")

@@ -84,7 +84,7 @@ def test_a_card_needs_a_compiler_and_its_headers(tmp_path: Path, monkeypatch: py
 
 def test_a_full_disk_and_missing_libraries_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = PipelineConfig.model_validate({"preset": "quickstart"})
-    least, likely = needed_bytes(config, stores_here=True)
+    least, likely = needed_bytes(config, store_on_disk=True)
     assert 1e7 < least < likely < 1e9
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage._replace(free=int(least * 1.01)))
