@@ -71,7 +71,7 @@ def select_rows(config: IngestConfig, parsed: ParsedRows, tokenizer: ModelDir | 
         good=good,
         split_rows=split_rows,
         fault_details=FaultDetails(all_faults, schema_reasons, over_long, config.max_length),
-        cut=cut,
+        cut={row: cut[row] for row in good.filter(pl.col("row").is_in(list(cut)))["row"]},  # others are quarantined
         calibration=dict(calibration.select("row", "index").iter_rows()),
         near_duplicates=_count_groups(config, split_rows, good),
         tokens=tokens,

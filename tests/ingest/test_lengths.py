@@ -58,6 +58,15 @@ def test_a_cut_row_keeps_its_answer_and_is_listed(go: Go, tokenizer: ModelDir) -
     assert all(row.answer in answers for row in rows)
 
 
+def test_a_cut_row_with_another_fault_is_quarantined(go: Go, tokenizer: ModelDir) -> None:
+    rows = long_rows()
+    rows.append(rows[20])
+    ran = go(rows, tokenizer, max_length=LIMIT, over_long="cut")
+    assert {line["line"]: line["reason"] for line in ran.quarantine()}[101] == "duplicate of train.jsonl:21"
+    cut = [json.loads(line)["line"] for line in (ran.out / "cut.jsonl").read_text().splitlines()]
+    assert cut == [21, 41] and len(ran.all()) == 99
+
+
 def test_fail_names_the_first_row(go: Go, tokenizer: ModelDir) -> None:
     with pytest.raises(
         BadData, match=r"3 rows are longer than max_length=250 tokens \(first: train.jsonl:21 with \d+\)"
