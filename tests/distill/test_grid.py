@@ -110,7 +110,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(teacher, dataset, tmp_path):
         run(student, teacher, dataset, tmp_path / "stopped", Stopping(tmp_path / "stopped" / "work"), **settings)
     resumed, _ = run(student, teacher, dataset, tmp_path / "stopped", **settings)
     events = (tmp_path / "stopped" / "work" / "events.jsonl").read_text()
-    assert "goes on from checkpoint-6" in events
+    assert "resumes from checkpoint-6" in events
     models = [load_file(directory / "model.safetensors") for directory in (uninterrupted, resumed)]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
