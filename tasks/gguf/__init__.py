@@ -1,29 +1,25 @@
-"""GGUF: a model directory becomes one file for llama.cpp, loaded there and compared before it is published."""
+"""GGUF: converts a model directory to a file for llama.cpp, and compares it there with the model before delivery."""
 
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tasks.core.config import OnlyWith, StageConfig
+from tasks.core.named_choice import NameIn
+from tasks.engine.runtimes.ggml_types import TYPES
+from tasks.gguf.kinds import KINDS
 
-Kind = Literal[
-    "auto", "F32", "F16", "BF16",
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS",
-    "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
-]  # fmt: skip
-Type = Literal[
-    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "Q3_K", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
-]  # fmt: skip
+Kind = Annotated[str, NameIn(KINDS, "auto")]
+Type = Annotated[str, NameIn(TYPES)]
 
 
 class GgufConfig(StageConfig):
-    """Which GGUF is made, and how far it may part from the model."""
+    """Kind of the GGUF, and how far its logits may be from the model's."""
 
     kind: Kind = "Q8_0"
-    """llama.cpp's file type. Tensors whose rows do not fill its blocks of 256 get another type: see the plan. `auto`
-    is the largest kind that fits `budget_mb`, or the smallest that keeps `max_mean_kl` and `min_top1`."""
+    """llama.cpp's file type (docs/gguf.md lists them). Tensors whose rows do not fill its blocks of 256 get another
+    type: see the conversion plan. `auto` is the largest kind that fits `budget_mb`, or the smallest that keeps
+    `max_mean_kl` and `min_top1`."""
     budget_mb: float | None = Field(default=None, gt=0)
     """Largest file, in megabytes (10^6 bytes). With a given kind a larger plan fails before anything is written."""
     embedding_type: Type | None = None
@@ -34,25 +30,24 @@ class GgufConfig(StageConfig):
     """Types of single tensors: a regular expression that is searched in llama.cpp's tensor names, and a type. The
     first that matches wins: `{"ffn_down": "Q6_K", "blk\\\\.0\\\\.": "Q8_0"}`."""
     sensitive: Literal["recommend", "raise"] = "recommend"
-    """What is done with the tensors that the outliers stage's verdict calls sensitive: the plan names better types for
-    them, or the file gets these."""
+    """For tensors that the outliers stage's verdict calls sensitive, name better types in the plan, or write them."""
     sensitive_percent: Annotated[float, OnlyWith("budget_mb", (None,))] = Field(default=5.0, ge=0, le=100)
-    """How much larger better types for sensitive tensors may make the file, where `budget_mb` does not say it."""
+    """How much larger better types for sensitive tensors may make the file, where there is no `budget_mb`."""
     imatrix: bool = True
-    """Weigh rounding errors by the importance matrix when the outliers stage made one; Q8_0 and floats ignore it."""
+    """Weigh rounding errors by the outliers stage's importance matrix, if there is one; Q8_0 and floats ignore it."""
     name: str = Field(default="stillhouse", min_length=1)
     """`general.name` in the file's metadata, which servers show."""
     proof_rows: int = Field(default=32, ge=1)
     """Held-out rows on which llama.cpp with this file is compared with the model in float32."""
     max_mean_kl: float | None = Field(default=None, gt=0)
-    """Largest mean KL divergence in nats an answer token; none means the kind's own budget (Q8_0 0.02, Q4_0 0.6)."""
+    """Largest mean KL divergence in nats per answer token; none means the kind's default (Q8_0 0.02, Q4_0 0.6)."""
     min_top1: float | None = Field(default=None, ge=0, le=1)
-    """Smallest fraction of answer tokens with the same most likely token; none means the kind's own budget."""
+    """Smallest fraction of answer tokens with the same most likely token; none means the kind's default."""
     context: int = Field(default=2048, ge=256)
-    """Tokens of prompt and answer together that the recipes for Ollama and llama-server reserve memory for."""
+    """Context length, prompt and answer together, in the files for Ollama and llama-server."""
 
     @model_validator(mode="after")
-    def _auto_has_a_budget(self) -> Self:
+    def _check_auto_budget(self) -> Self:
         if self.kind == "auto" and self.budget_mb is None and self.max_mean_kl is None:
             raise ValueError("kind auto needs a budget: set budget_mb (size), or max_mean_kl and min_top1 (quality)")
         return self

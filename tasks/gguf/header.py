@@ -1,6 +1,6 @@
-"""What stands before the tensors in a GGUF (github.com/ggml-org/ggml, docs/gguf.md), read and written as bytes.
+"""Reads and writes a GGUF's header (github.com/ggml-org/ggml, docs/gguf.md): metadata and tensor infos.
 
-Values stay as they are stored: the 262 144 tokens of a vocabulary are copied, never unpacked into Python objects.
+Metadata values stay bytes: the 262 144 tokens of a vocabulary are copied, never unpacked into Python objects.
 """
 
 import struct
@@ -17,7 +17,7 @@ BY_ID = {type_.id: name for name, type_ in TYPES.items()}
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in a file: `shape` with the row length first, `offset` in bytes from the file's beginning."""
+    """A tensor's entry: `shape` with the row length first, `offset` in bytes from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,23 +26,23 @@ class TensorInfo(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Without the padding that follows."""
+        """Bytes of the tensor, without padding."""
         return tensor_bytes(self.type, self.shape)
 
 
 class Header(NamedTuple):
-    """`values` by key, each as stored: its type (uint32) and what follows."""
+    """Metadata `values` by key, each as the stored bytes of its type (uint32) and value, and the tensors' entries."""
 
     values: dict[str, bytes]
     tensors: list[TensorInfo]
 
-    def get(self, key: str, otherwise: Any = None) -> Any:
-        """The value as a Python number, string or list."""
-        return unpack(self.values[key]) if key in self.values else otherwise
+    def get(self, key: str, default: Any = None) -> Any:
+        """A metadata value as a Python number, string or list."""
+        return unpack(self.values[key]) if key in self.values else default
 
 
 def read_header(file: Path) -> Header:
-    """Raises BadConfig for a file that is no GGUF of version 3, or that is cut off."""
+    """Reads a file's header. Raises BadConfig for a file that is no GGUF of version 3, or is truncated."""
     with file.open("rb") as opened:
         data = opened.read(64 << 20)
         try:
@@ -52,57 +52,57 @@ def read_header(file: Path) -> Header:
     try:
         return _parse(data, file)
     except (struct.error, IndexError) as error:
-        raise BadConfig(f"{file} is cut off: make it again") from error
+        raise BadConfig(f"{file} is truncated: convert or download it again") from error
 
 
 def _parse(data: bytes, file: Path) -> Header:
     if data[:4] != MAGIC or struct.unpack_from("<I", data, 4)[0] != VERSION:
         raise BadConfig(f"{file} is no GGUF of version {VERSION}")
     tensors, keys = struct.unpack_from("<QQ", data, 8)
-    at, values = 24, {}
+    position, values = 24, {}
     for _ in range(keys):
-        key, at = _text(data, at)
-        end = _skip(data, at + 4, struct.unpack_from("<I", data, at)[0])
-        values[key] = data[at:end]
-        at = end
-    found = []
+        key, position = _text(data, position)
+        end = _skip(data, position + 4, struct.unpack_from("<I", data, position)[0])
+        values[key] = data[position:end]
+        position = end
+    infos = []
     for _ in range(tensors):
-        name, at = _text(data, at)
-        (dimensions,) = struct.unpack_from("<I", data, at)
-        *shape, type_, offset = struct.unpack_from(f"<{dimensions}QIQ", data, at + 4)
-        at += 16 + 8 * dimensions
+        name, position = _text(data, position)
+        (dimensions,) = struct.unpack_from("<I", data, position)
+        *shape, type_, offset = struct.unpack_from(f"<{dimensions}QIQ", data, position + 4)
+        position += 16 + 8 * dimensions
         if type_ not in BY_ID:
             raise BadConfig(f"{file}: {name} has ggml's type {type_}, which is none of {', '.join(TYPES)}")
-        found.append(TensorInfo(name, tuple(shape), BY_ID[type_], offset))
+        infos.append(TensorInfo(name, tuple(shape), BY_ID[type_], offset))
     alignment = unpack(values["general.alignment"]) if "general.alignment" in values else ALIGNMENT
-    start = _padded(at, alignment)
-    return Header(values, [tensor._replace(offset=start + tensor.offset) for tensor in found])
+    start = _padded(position, alignment)
+    return Header(values, [tensor._replace(offset=start + tensor.offset) for tensor in infos])
 
 
-def _text(data: bytes, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", data, at)
-    if at + 8 + length > len(data):
+def _text(data: bytes, position: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", data, position)
+    if position + 8 + length > len(data):
         raise IndexError
-    return data[at + 8 : at + 8 + length].decode(), at + 8 + length
+    return data[position + 8 : position + 8 + length].decode(), position + 8 + length
 
 
-def _skip(data: bytes, at: int, type_: int) -> int:
-    """Where the value that begins at `at` ends."""
+def _skip(data: bytes, position: int, type_: int) -> int:
+    """The end of the value of `type_` that begins at `position`."""
     if type_ == STRING:
-        at += 8 + struct.unpack_from("<Q", data, at)[0]
+        position += 8 + struct.unpack_from("<Q", data, position)[0]
     elif type_ == ARRAY:
-        of, count = struct.unpack_from("<IQ", data, at)
-        at += 12
-        if of in SCALARS:
-            at += count * struct.calcsize("<" + SCALARS[of])
+        element_type, count = struct.unpack_from("<IQ", data, position)
+        position += 12
+        if element_type in SCALARS:
+            position += count * struct.calcsize("<" + SCALARS[element_type])
         else:
             for _ in range(count):
-                at = _skip(data, at, of)
+                position = _skip(data, position, element_type)
     else:
-        at += struct.calcsize("<" + SCALARS[type_])
-    if at > len(data):
+        position += struct.calcsize("<" + SCALARS[type_])
+    if position > len(data):
         raise IndexError
-    return at
+    return position
 
 
 def unpack(value: bytes) -> Any:
@@ -112,14 +112,14 @@ def unpack(value: bytes) -> Any:
         return value[12:].decode()
     if type_ != ARRAY:
         return struct.unpack_from("<" + SCALARS[type_], value, 4)[0]
-    of, count = struct.unpack_from("<IQ", value, 4)
-    if of in SCALARS:
-        return list(struct.unpack_from(f"<{count}{SCALARS[of]}", value, 16))
-    if of != STRING:
+    element_type, count = struct.unpack_from("<IQ", value, 4)
+    if element_type in SCALARS:
+        return list(struct.unpack_from(f"<{count}{SCALARS[element_type]}", value, 16))
+    if element_type != STRING:
         raise BadConfig("a GGUF with arrays of arrays is not read")
-    texts, at = [], 16
+    texts, position = [], 16
     for _ in range(count):
-        text, at = _text(value, at)
+        text, position = _text(value, position)
         texts.append(text)
     return texts
 
@@ -136,7 +136,7 @@ def pack_uint32(number: int) -> bytes:
 
 
 def write_header(values: dict[str, bytes], tensors: list[TensorInfo]) -> bytes:
-    """The bytes before the first tensor, padding included; offsets follow from the order of `tensors`."""
+    """The bytes before the first tensor, with padding; tensors follow each other in the order of `tensors`."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(values))]
     for key, value in values.items():
         parts += [struct.pack("<Q", len(key.encode())), key.encode(), value]
@@ -151,10 +151,7 @@ def write_header(values: dict[str, bytes], tensors: list[TensorInfo]) -> bytes:
 
 
 def file_bytes(values: dict[str, int], tensors: list[TensorInfo]) -> int:
-    """The whole file's size: header, keys and values, tensor infos, tensors, and the padding behind each.
-
-    `values` are the sizes of stored values by key.
-    """
+    """Size of the file: header, metadata (`values`: sizes by key), tensor infos, and tensors with padding."""
     texts = sum(8 + len(key.encode()) + size for key, size in values.items())
     infos = sum(24 + len(tensor.name.encode()) + 8 * len(tensor.shape) for tensor in tensors)
     return _padded(24 + texts + infos) + sum(_padded(tensor.bytes) for tensor in tensors)

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix (GGUF, tools/imatrix): how much each column of a matrix matters, by its inputs.
+"""Reads llama.cpp's importance matrix (GGUF, tools/imatrix): mean squared inputs per column of each matrix.
 
 For a matrix `name` the file has `name.in_sum2`, sums of squared inputs by column, and `name.counts`, rows summed over.
 """
@@ -12,39 +12,39 @@ from tasks.core.errors import BadConfig
 from tasks.engine.runtimes.ggml import Floats
 from tasks.gguf.header import Header, TensorInfo, pack_text, pack_uint32, read_header
 
-FILE = "imatrix.gguf"
+IMATRIX_FILE = "imatrix.gguf"
 
 
 class Imatrix(NamedTuple):
-    """Mean squared inputs by tensor name, flat [matrices * row length], and what the file says of their making."""
+    """Mean squared inputs by tensor name, flat [matrices * row length], with the file's datasets and chunks."""
 
     weights: dict[str, Floats]
     datasets: list[str]
     chunks: int
 
     def values(self) -> dict[str, bytes]:
-        """The metadata that llama-quantize puts into a file made with it."""
-        values = {"quantize.imatrix.file": pack_text(FILE)}
+        """The metadata values that llama-quantize writes into a file quantized with it."""
+        values = {"quantize.imatrix.file": pack_text(IMATRIX_FILE)}
         if self.datasets:
             values["quantize.imatrix.dataset"] = pack_text(self.datasets[0])
         values["quantize.imatrix.entries_count"] = pack_uint32(len(self.weights))
         return values | ({"quantize.imatrix.chunks_count": pack_uint32(self.chunks)} if self.chunks else {})
 
-    def of(self, name: str, row: int, matrices: int, embedding: bool) -> Floats | None:
-        """The weights of a tensor [matrices, row]; None where there are none. Raises BadConfig for another width."""
-        found = self.weights.get(name)
-        if found is None or (embedding and found.size != row * matrices):
+    def for_tensor(self, name: str, row: int, matrices: int, embedding: bool) -> Floats | None:
+        """Weights [matrices, row] of a tensor, or None. Raises BadConfig for weights of another width."""
+        weights = self.weights.get(name)
+        if weights is None or (embedding and weights.size != row * matrices):
             return None
-        if found.size != row * matrices:
+        if weights.size != row * matrices:
             raise BadConfig(
-                f"the importance matrix has {found.size} values for {name}, whose rows have {row}: it was made with "
+                f"the importance matrix has {weights.size} values for {name}, whose rows have {row}: it was made with "
                 "another model; run the outliers stage on this one"
             )
-        return found.reshape(matrices, row)
+        return weights.reshape(matrices, row)
 
 
 def read_imatrix(file: Path) -> Imatrix:
-    """Raises BadConfig for a file that is no importance matrix, or whose numbers are not finite."""
+    """Reads a file. Raises BadConfig for one that is no importance matrix, or whose values are not finite."""
     header = read_header(file)
     tensors = {tensor.name: tensor for tensor in header.tensors}
     names = sorted(name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2"))
@@ -53,7 +53,7 @@ def read_imatrix(file: Path) -> Imatrix:
     weights = {}
     for name in names:
         if f"{name}.counts" not in tensors:
-            raise BadConfig(f"{file} has sums but no counts for {name}: make it again")
+            raise BadConfig(f"{file} has sums but no counts for {name}: run the outliers stage again")
         sums, counts = (_floats(file, tensors[f"{name}.{part}"]) for part in ("in_sum2", "counts"))
         sums, counts = sums.reshape(len(counts), -1), np.rint(counts)[:, None]
         means = np.where(counts > 0, sums / np.maximum(counts, 1), 1).astype(np.float32)

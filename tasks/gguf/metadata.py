@@ -1,4 +1,4 @@
-"""Provenance in a GGUF's own metadata, so that the file alone says where it came from.
+"""Provenance in a GGUF's metadata: config, commit, library versions and the lineage of model and dataset.
 
 python -m tasks.gguf.metadata model.gguf
 """
@@ -13,10 +13,10 @@ from tasks.gguf import GgufConfig
 from tasks.gguf.header import read_header
 
 
-def origin(config: GgufConfig, model: Path, dataset: Path | None) -> dict[str, str]:
-    """The `stillhouse.*` values: config, commit, libraries, and what the inputs say of themselves, as JSON.
+def provenance_values(config: GgufConfig, model: Path, dataset: Path | None) -> dict[str, str]:
+    """The `stillhouse.*` values as JSON: config, commit, libraries, and the provenance of the inputs.
 
-    The model's own lineage names the merge, the student, its teacher and their data.
+    The model's lineage names the merge, the student, its teacher and their data.
     """
     values: dict[str, Any] = {
         "stillhouse.config": config.model_dump(mode="json"),
@@ -25,22 +25,22 @@ def origin(config: GgufConfig, model: Path, dataset: Path | None) -> dict[str, s
         "stillhouse.model": _provenance(model),
         "stillhouse.dataset": _provenance(dataset) if dataset else None,
     }
-    written = {key: json.dumps(value, sort_keys=True) for key, value in values.items() if value is not None}
-    return {"stillhouse.commit": commit(), **written}
+    encoded = {key: json.dumps(value, sort_keys=True) for key, value in values.items() if value is not None}
+    return {"stillhouse.commit": commit(), **encoded}
 
 
-def read_origin(file: Path) -> dict[str, str]:
+def read_provenance(file: Path) -> dict[str, str]:
     """The `stillhouse.*` values of a GGUF."""
     header = read_header(file)
     return {name: header.get(name) for name in header.values if name.startswith("stillhouse.")}
 
 
 def _provenance(directory: Path) -> dict[str, Any] | None:
-    """What the stage that made `directory` wrote of itself and, inside, of its inputs: the whole lineage."""
+    """The `provenance.json` of the stage that wrote `directory`, with those of its inputs inside; None without one."""
     file = directory / "provenance.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 if __name__ == "__main__":
-    for name, value in read_origin(Path(sys.argv[1])).items():
+    for name, value in read_provenance(Path(sys.argv[1])).items():
         print(f"{name}: {value}")

@@ -1,7 +1,8 @@
-"""A chat template in Jinja as one in Go, for Ollama's Modelfile: read off from what it makes of marked conversations.
+"""Translates a tokenizer's Jinja chat template to a Go template for Ollama, which does not run Jinja.
 
-Ollama does not run Jinja. A template that writes turns one after the other (Gemma's, ChatML, Llama's) is found again
-exactly; `turns` says None for one that does more, such as tools or dates.
+The template is inferred from conversations of marker texts that the tokenizer renders, and checked against others.
+Templates that only wrap turns (Gemma's, ChatML, Llama's) are reproduced exactly; for one that does more, such as tools
+or dates, `turn_template` returns None.
 """
 
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, str]]
-SYSTEM, USER, ANSWER, AGAIN, MORE = "a-system-message", "a-first-question", "an-answer", "a-second-question", "one-more"
+SYSTEM, USER, ANSWER = "a-system-message", "a-first-question", "an-answer"
+SECOND_USER, SECOND_ANSWER = "a-second-question", "one-more"
 
 
-class Turns(NamedTuple):
-    """What stands around messages. BOS is left out: llama.cpp and Ollama add it.
+class TurnTemplate(NamedTuple):
+    """The strings around the messages of a conversation, without BOS, which llama.cpp and Ollama add.
 
     A conversation is `preamble` (only without a system message) or `system` + text + `after_system`, then for each
     exchange `user` + text + `after_user` + answer + `after_answer`. The first `user` after a system message is left
@@ -30,7 +32,7 @@ class Turns(NamedTuple):
     joined: bool
 
     def render(self, messages: Messages) -> str:
-        """The conversation up to where the model's answer begins, or behind its last one."""
+        """The conversation as text, up to the start of the model's answer or behind its last one."""
         parts, joined = ["" if messages[0]["role"] == "system" else self.preamble], False
         for message in messages:
             text = message["content"]
@@ -44,8 +46,8 @@ class Turns(NamedTuple):
                 parts.append(text + self.after_answer)
         return "".join(parts)
 
-    def go(self) -> str:
-        """The same as a template for Ollama (Go's text/template)."""
+    def to_go(self) -> str:
+        """The template for Ollama (Go's text/template)."""
         user = _go(self.user)
         if self.joined:
             user = "{{ if $joined }}{{ $joined = false }}{{ else }}" + user + "{{ end }}"
@@ -62,42 +64,44 @@ class Turns(NamedTuple):
         )  # fmt: skip
 
 
-def turns(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """The turns of the tokenizer's template; None when it has none, or one that turns do not describe."""
+def turn_template(tokenizer: PreTrainedTokenizerBase) -> TurnTemplate | None:
+    """The tokenizer's chat template as turns; None without one, or for one that does more than wrap turns."""
     if not tokenizer.chat_template:
         return None
     try:
-        found = _read(tokenizer)
+        turns = _read(tokenizer)
         checks = [_messages(roles) for roles in ("u", "uau", "uauau", "su", "suau")]
-        same = found and all(_apply(tokenizer, one, True) == found.render(one) for one in checks)
-    except (TemplateError, ValueError):  # it refuses such a conversation, or does not keep its texts
+        same = turns and all(_apply(tokenizer, messages, True) == turns.render(messages) for messages in checks)
+    except (TemplateError, ValueError):  # the template refuses such a conversation, or changes its texts
         return None
-    return found if same else None
+    return turns if same else None
 
 
-def _read(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    before, after_user, between, _, after_answer = _around(tokenizer, "uaua", False, USER, ANSWER, AGAIN, MORE)
-    if not between.startswith(after_answer) or not before.endswith(user := between[len(after_answer) :]):
+def _read(tokenizer: PreTrainedTokenizerBase) -> TurnTemplate | None:
+    before, after_user, middle, _, after_answer = _around(
+        tokenizer, "uaua", False, USER, ANSWER, SECOND_USER, SECOND_ANSWER
+    )
+    if not middle.startswith(after_answer) or not before.endswith(user := middle[len(after_answer) :]):
         return None
     system, after_system, _ = _around(tokenizer, "su", True, SYSTEM, USER)
     joined = not after_system.endswith(user)
     after_system = after_system if joined else after_system.removesuffix(user)
-    return Turns(before.removesuffix(user), system, after_system, user, after_user, after_answer, joined)
+    return TurnTemplate(before.removesuffix(user), system, after_system, user, after_user, after_answer, joined)
 
 
 def _around(tokenizer: PreTrainedTokenizerBase, roles: str, generation: bool, *marks: str) -> list[str]:
     text, parts = _apply(tokenizer, _messages(roles), generation), []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
+        text_before, match, text = text.partition(mark)
+        if not match:
             raise ValueError(f"the chat template leaves out {mark!r}")
-        parts.append(before)
+        parts.append(text_before)
     return [*parts, text]
 
 
 def _messages(roles: str) -> Messages:
-    names, texts = {"s": "system", "u": "user", "a": "assistant"}, {"s": [SYSTEM], "u": [USER, AGAIN, "a-third"]}
-    texts["a"] = [ANSWER, MORE]
+    names, texts = {"s": "system", "u": "user", "a": "assistant"}, {"s": [SYSTEM], "u": [USER, SECOND_USER, "a-third"]}
+    texts["a"] = [ANSWER, SECOND_ANSWER]
     return [{"role": names[role], "content": texts[role].pop(0)} for role in roles]
 
 

@@ -1,4 +1,4 @@
-"""The proof before publishing: llama.cpp with this file against the model in float32, on held-out rows."""
+"""The proof before delivery: llama.cpp's logits with a file against the model's in float32, on held-out rows."""
 
 from pathlib import Path
 
@@ -7,34 +7,17 @@ import torch
 from tasks.core.errors import GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.engine.compare.agreement import Agreement, answer_start, held_out
-from tasks.engine.compare.reference_logits import Remembered
+from tasks.engine.compare.agreement import Agreement, answer_start, test_rows
+from tasks.engine.compare.reference_logits import ReferenceLogits
 from tasks.engine.data.chat_template import IGNORE, Example, encode, prompt_ids
-from tasks.engine.models.load import load_tokenizer
-from tasks.engine.models.text_only import load_text
+from tasks.engine.data.tokenizers import load_tokenizer
+from tasks.engine.models.text_only import load_text_model
 from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
 from tasks.engine.runtimes.llama_server import llama_server
 from tasks.gguf import GgufConfig
+from tasks.gguf.kinds import KINDS
 
-# (largest mean KL, smallest top-1 agreement): generous where the format is coarse, for models of a few million
-# parameters lose more than large ones; the numbers are always reported.
-BUDGETS = {
-    "F32": (0.001, 0.99),
-    "F16": (0.005, 0.98),
-    "BF16": (0.01, 0.98),
-    "Q8_0": (0.02, 0.97),
-    "Q6_K": (0.05, 0.95),
-    "Q5": (0.15, 0.92),
-    "Q4_K": (0.4, 0.85),
-    "IQ4": (0.4, 0.85),
-    "Q4": (0.6, 0.80),
-    "Q3": (1.0, 0.70),
-    "IQ3": (1.0, 0.70),
-    "Q2": (2.0, 0.50),
-    "IQ2": (2.0, 0.50),
-    "IQ1": (4.0, 0.30),
-}
-# Read where no dataset is given: plain texts, every token of which is compared.
+# Compared token by token where no dataset is given.
 TEXTS = (
     "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs!",
     '{"intent": "book_table", "entities": {"people": 4, "time": "19:30", "name": "Müller"}}',
@@ -47,23 +30,22 @@ TEXTS = (
 )
 
 
-def budget(config: GgufConfig, kind: str) -> tuple[float, float]:
+def proof_budget(config: GgufConfig, kind: str) -> tuple[float, float]:
     """(largest mean KL, smallest top-1 agreement): the config's where set, else the kind's."""
-    max_mean_kl, min_top1 = next(value for prefix, value in BUDGETS.items() if kind.startswith(prefix))
     return (
-        max_mean_kl if config.max_mean_kl is None else config.max_mean_kl,
-        min_top1 if config.min_top1 is None else config.min_top1,
+        KINDS[kind].max_mean_kl if config.max_mean_kl is None else config.max_mean_kl,
+        KINDS[kind].min_top1 if config.min_top1 is None else config.min_top1,
     )
 
 
 class Proof:
-    """Compares files with one model, of which only hidden states and the head stay in memory."""
+    """Compares GGUFs with one model, of which only hidden states and the head stay in memory."""
 
     def __init__(self, config: GgufConfig, model: Path, dataset: Path | None, job: Job) -> None:
         self._job, self._model = job, model
         self.tokenizer = load_tokenizer(ModelDir(model))
-        self._rows = held_out(dataset, config.proof_rows) if dataset else []
-        self._reference: Remembered | None = None
+        self._rows = test_rows(dataset, config.proof_rows) if dataset else []
+        self._reference: ReferenceLogits | None = None
         self.warnings: list[str] = []
         self.details: dict[str, float] = {}
         if dataset is None:
@@ -72,11 +54,14 @@ class Proof:
             )
 
     def __call__(self, gguf: Path) -> Agreement:
-        """Token ids, logits and the chat template; raises GateFailed where ids differ or llama.cpp does not run."""
+        """Compares token ids, logits and the chat template's prompts.
+
+        Raises GateFailed where ids or prompts differ, or llama.cpp does not run.
+        """
         inputs = self._inputs()
         if self._reference is None:
-            examples = [Example(one.input_ids, [IGNORE] * one.start + one.input_ids[one.start :]) for one in inputs]
-            self._reference = Remembered(load_text(ModelDir(self._model), "float32"), examples)
+            examples = [Example(row.input_ids, [IGNORE] * row.start + row.input_ids[row.start :]) for row in inputs]
+            self._reference = ReferenceLogits(load_text_model(ModelDir(self._model), "float32"), examples)
         agreement, other_ids = Agreement(), []
         for i, output in enumerate(llama_logits(gguf, inputs, self._job.work / "llama.log")):
             if not _same_ids(output.ids, inputs[i].input_ids):
@@ -96,17 +81,17 @@ class Proof:
 
     def _inputs(self) -> list[LlamaInput]:
         if not self._rows:
-            ids = [list(self.tokenizer(text)["input_ids"]) for text in TEXTS]
-            return [LlamaInput(text, one, 1) for text, one in zip(TEXTS, ids, strict=True)]
+            return [LlamaInput(text, list(self.tokenizer(text)["input_ids"]), 1) for text in TEXTS]
         examples = [encode(self.tokenizer, row) for row in self._rows]
         texts = [
-            str(self.tokenizer.apply_chat_template([one.model_dump() for one in row.messages], tokenize=False))
+            str(self.tokenizer.apply_chat_template([message.model_dump() for message in row.messages], tokenize=False))
             for row in self._rows
         ]
-        return [LlamaInput(text, one.input_ids, answer_start(one)) for text, one in zip(texts, examples, strict=True)]
+        rows = zip(texts, examples, strict=True)
+        return [LlamaInput(text, example.input_ids, answer_start(example)) for text, example in rows]
 
     def _check_template(self, gguf: Path) -> None:
-        """Raises GateFailed when llama.cpp's server makes other prompts of the messages than Hugging Face does."""
+        """Raises GateFailed where llama.cpp's server makes another prompt of messages than Hugging Face."""
         with llama_server(gguf, self._job.work / "llama.log") as server:
             for i, row in enumerate(self._rows):
                 prompt = server.post("/apply-template", messages=row.prompt)["prompt"]
@@ -121,11 +106,12 @@ class Proof:
 
 
 def _same_ids(ids: list[int], expected: list[int]) -> bool:
-    """Equal up to what training adds (BOS, end of turn) or leaves out (what follows the end of turn)."""
+    """Whether ids are equal but for what training adds (BOS, end of turn) or cuts (behind the end of turn)."""
     ids = ids if ids[:1] == expected[:1] else [expected[0], *ids]
     return ids[: len(expected)] == expected or ids == expected[:-1]
 
 
 def _difference(ids: list[int], expected: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected)))
-    return f"at token {at}: {ids[at : at + 4]} for {expected[at : at + 4]}"
+    pairs = enumerate(zip(ids, expected, strict=False))
+    position = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(expected)))
+    return f"at token {position}: {ids[position : position + 4]} for {expected[position : position + 4]}"

@@ -1,4 +1,4 @@
-"""What llama.cpp sees in a tensor's name: its role, whether it is quantized at all, and its place in a file."""
+"""llama.cpp's reading of tensor names: role, whether a tensor is quantized at all, and position in a file."""
 
 import re
 
@@ -15,7 +15,7 @@ EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 def role(name: str) -> str:
-    """The first of llama.cpp's tensor categories that fits."""
+    """llama.cpp's category of a tensor: output, embedding, attn_v, ffn_down ... or other."""
     if name == "output.weight":
         return "output"
     if name in EMBEDDINGS:
@@ -23,21 +23,21 @@ def role(name: str) -> str:
     for part in ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight", "attn_k.weight", "attn_q.weight"):
         if part in name:
             return "attn_v" if part in ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight") else part[:6]
-    found = [part for part in ("attn_output.weight", "ffn_up", "ffn_gate", "ffn_down") if part in name]
-    return found[0].removesuffix(".weight") if found else "other"
+    parts = [part for part in ("attn_output.weight", "ffn_up", "ffn_gate", "ffn_down") if part in name]
+    return parts[0].removesuffix(".weight") if parts else "other"
 
 
 def quantizable(name: str, ndim: int) -> bool:
-    """Whether llama.cpp quantizes such a tensor at all: matrices that end in `weight`, but for a list of names."""
+    """Whether llama.cpp quantizes a tensor: a matrix whose name ends in `weight` and contains none of `NEVER`."""
     return ndim >= 2 and name.endswith("weight") and not any(part in name for part in NEVER)
 
 
 def dimensions(shape: tuple[int, ...]) -> int:
-    """As ggml counts them: without the ones at the end."""
+    """Number of dimensions as ggml counts them, without trailing ones."""
     return max([i + 1 for i, size in enumerate(shape) if size > 1], default=1)
 
 
 def layer_order(name: str) -> tuple[int, str]:
-    """Sort key of the order in which llama.cpp's quantizer goes through tensors and writes them."""
+    """Sort key of the order in which llama.cpp's quantizer writes tensors."""
     match = re.match(r"blk\.(\d+)\.", name)
     return (int(match[1]) if match else -1, name)

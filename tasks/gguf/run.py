@@ -1,4 +1,4 @@
-"""Writes `model.gguf` in one of llama.cpp's types and shows that llama.cpp with it says what the model says.
+"""Converts a model to `model.gguf` and proves that llama.cpp with it has the model's logits.
 
 python -m tasks.gguf.run config.json --model DIR --out DIR [--dataset DIR] [--outliers DIR]
 """
@@ -12,21 +12,23 @@ from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.engine.compare.agreement import Agreement
+from tasks.engine.models.family_registry import family_of
+from tasks.engine.models.model_config import read_config
 from tasks.engine.runtimes.ggml_types import FLOATS
 from tasks.gguf import GgufConfig
 from tasks.gguf.audit_verdict import verdict_warnings
-from tasks.gguf.conversion_plan import Plan, all_sizes
-from tasks.gguf.convert import Conversion, converting
+from tasks.gguf.conversion_plan import ConversionPlan, ModelLayout, plans_by_size
+from tasks.gguf.convert import Conversion, open_conversion
 from tasks.gguf.header import read_header
-from tasks.gguf.imatrix import FILE
-from tasks.gguf.kind_choice import candidates
+from tasks.gguf.imatrix import IMATRIX_FILE
+from tasks.gguf.kind_choice import candidate_plans
 from tasks.gguf.kinds import KINDS
-from tasks.gguf.metadata import origin
+from tasks.gguf.metadata import provenance_values
 from tasks.gguf.plan_page import markdown, tensors_markdown
-from tasks.gguf.proof import Proof, budget
+from tasks.gguf.proof import Proof, proof_budget
 from tasks.gguf.sensitive import markdown as sensitive_markdown
 from tasks.gguf.sensitive import sentence
-from tasks.gguf.serving_files import write_recipes
+from tasks.gguf.serving_files import write_serving_files
 
 
 def convert(
@@ -37,25 +39,25 @@ def convert(
     dataset: Path | None = None,
     outliers: Path | None = None,
 ) -> Report:
-    """`outliers` is that stage's output for this model: its importance matrix and its verdict.
+    """Writes and proves one GGUF; `outliers` is that stage's output for this model (importance matrix and verdict).
 
-    Without a dataset the proof reads a few texts of its own. Raises GateFailed with the numbers.
+    Without a dataset the proof reads built-in texts. Raises GateFailed with the numbers.
     """
     if model.adapter is not None:
         raise BadConfig(f"{model} is not merged: llama.cpp converts whole models, so run the merge stage first")
-    warnings: list[str] = []
+    warnings = _unread_settings(model.base)
     imatrix = _imatrix(config, outliers, warnings)
-    texts = origin(config, model.base, dataset) | {"general.name": config.name}
+    texts = provenance_values(config, model.base, dataset) | {"general.name": config.name}
     proof = Proof(config, model.base, dataset, job)
-    with converting(model.base, config.name, job) as conversion:
-        plans = candidates(config, conversion, texts, imatrix, outliers)
-        _write_plan(config, plans[0], conversion, out / "report")
+    with open_conversion(model.base, config.name, job) as conversion:
+        plans = candidate_plans(config, conversion.layout, texts, imatrix, outliers)
+        _write_plan(config, plans[0], conversion.layout, out / "report")
         plan, agreement = _first_that_passes(config, plans, conversion, proof, out / "model.gguf", job)
-    what = "held-out rows" if dataset else "built-in texts"
-    warnings += write_recipes(config, plan, proof.tokenizer, model.base, proof.details, out, what)
-    warnings += proof.warnings + verdict_warnings(plan.wanted.kind, outliers)
+    texts_kind = "held-out rows" if dataset else "built-in texts"
+    warnings += write_serving_files(config, plan, proof.tokenizer, model.base, proof.details, out, texts_kind)
+    warnings += proof.warnings + verdict_warnings(plan.kind, outliers)
     facts: dict[str, Any] = {
-        "format": plan.wanted.kind, "bytes": plan.bytes, "fell_back": len(plan.fell_back),
+        "format": plan.kind, "bytes": plan.bytes, "fell_back": len(plan.fell_back),
         "mean_kl": agreement.mean_kl, "top1": agreement.top1,
     }  # fmt: skip
     return Report(
@@ -73,10 +75,17 @@ def convert(
     )  # fmt: skip
 
 
+def _unread_settings(model: Path) -> list[str]:
+    """A warning for each setting that llama.cpp does not read: the proof's texts may be too short to show it."""
+    text = read_config(model).get_text_config()
+    differences = family_of(text.model_type).unlike_llama_cpp(text)
+    return [f"llama.cpp computes another model than config.json describes: {sentence}" for sentence in differences]
+
+
 def _first_that_passes(
-    config: GgufConfig, plans: list[Plan], conversion: Conversion, proof: Proof, target: Path, job: Job
-) -> tuple[Plan, Agreement]:
-    """Writes and proves one plan after the other; the last one's failure is the stage's."""
+    config: GgufConfig, plans: list[ConversionPlan], conversion: Conversion, proof: Proof, target: Path, job: Job
+) -> tuple[ConversionPlan, Agreement]:
+    """Writes and proves the plans in turn until one passes. Raises the last one's GateFailed."""
     for i, plan in enumerate(plans):
         job.log(plan.sentence())
         if plan.advice and not plan.raised:
@@ -85,18 +94,18 @@ def _first_that_passes(
         _check_written(plan, target)
         agreement = proof(target)
         try:
-            agreement.gate(f"the {plan.wanted.kind} GGUF", *budget(config, plan.wanted.kind))
+            agreement.require(f"the {plan.kind} GGUF", *proof_budget(config, plan.kind))
         except GateFailed as error:
             if i == len(plans) - 1:
                 raise
-            job.log(f"{error}; next is {plans[i + 1].wanted.kind}")
+            job.log(f"{error}; next is {plans[i + 1].kind}")
         else:
             return plan, agreement
     raise AssertionError("there is always a last plan")
 
 
-def _check_written(plan: Plan, file: Path) -> None:
-    """Raises GateFailed when the file is not the plan's, to the byte and type."""
+def _check_written(plan: ConversionPlan, file: Path) -> None:
+    """Raises GateFailed for a file whose size or tensor types are not the plan's."""
     size = file.stat().st_size
     types = {tensor.name: tensor.type for tensor in read_header(file).tensors}
     if size != plan.bytes or types != {tensor.name: tensor.type for tensor in plan.tensors}:
@@ -106,21 +115,24 @@ def _check_written(plan: Plan, file: Path) -> None:
 def _imatrix(config: GgufConfig, outliers: Path | None, warnings: list[str]) -> Path | None:
     if outliers is None or not config.imatrix or config.kind in FLOATS:
         return None
-    if not (outliers / FILE).is_file():
-        warnings.append(f"there is no {FILE} in the outliers stage's output: quantized without an importance matrix")
+    if not (outliers / IMATRIX_FILE).is_file():
+        warnings.append(
+            f"there is no {IMATRIX_FILE} in the outliers stage's output: quantized without an importance matrix"
+        )
         return None
-    return outliers / FILE
+    return outliers / IMATRIX_FILE
 
 
-def _write_plan(config: GgufConfig, plan: Plan, conversion: Conversion, report: Path) -> None:
+def _write_plan(config: GgufConfig, plan: ConversionPlan, layout: ModelLayout, report: Path) -> None:
+    """Writes plan.json and plan.md: the plan, its advice, and the sizes of all kinds."""
     report.mkdir(parents=True, exist_ok=True)
     rows = {
-        "kind": plan.wanted.kind, "bytes": plan.bytes, "types": plan.types, "tensors": plan.table(),
+        "kind": plan.kind, "bytes": plan.bytes, "types": plan.types, "tensors": plan.table(),
         "sensitive": [step._asdict() for step in plan.advice], "raised": plan.raised,
     }  # fmt: skip
     (report / "plan.json").write_text(json.dumps(rows, indent=1))
-    options = {"embedding_type": config.embedding_type, "output_type": config.output_type}
-    sizes = markdown(all_sizes(conversion.skeleton, list(KINDS), **options))
+    types = {"embedding_type": config.embedding_type, "output_type": config.output_type}
+    sizes = markdown(plans_by_size(layout, list(KINDS), **types))
     parts = [f"# {plan.sentence()}", tensors_markdown(plan)]
     parts += ["## Sensitive tensors", sensitive_markdown(plan.advice, plan.raised)] if plan.advice else []
     parts += ["## Other kinds of this model", sizes]

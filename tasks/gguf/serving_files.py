@@ -1,14 +1,14 @@
-"""Recipes beside the file, for Ollama and for llama.cpp's server: `Modelfile`, `serve.sh`, `README.md`."""
+"""Writes files to serve a GGUF with: `Modelfile` for Ollama, `serve.sh` for llama.cpp's server, and a `README.md`."""
 
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from tasks.engine.data.chat_template import end_ids
-from tasks.engine.models.load import read_config
+from tasks.engine.data.chat_template import stop_token_ids
+from tasks.engine.models.model_config import read_config
 from tasks.gguf import GgufConfig
-from tasks.gguf.conversion_plan import Plan
-from tasks.gguf.ollama import turns
+from tasks.gguf.conversion_plan import ConversionPlan
+from tasks.gguf.ollama import turn_template
 
 README = """# {name} ({kind}, {megabytes:.1f} MB)
 
@@ -46,28 +46,29 @@ exec llama-server --model "$(dirname "$0")/model.gguf" --alias {slug} --jinja --
 """
 
 
-def write_recipes(
+def write_serving_files(
     config: GgufConfig,
-    plan: Plan,
+    plan: ConversionPlan,
     tokenizer: PreTrainedTokenizerBase,
     model: Path,
     proof: dict[str, float],
     out: Path,
-    what: str,
+    texts: str,
 ) -> list[str]:
-    """Writes them; returns what they cannot promise. `what` are the proof's texts, `proof` its numbers."""
+    """Writes the three files and returns warnings; `texts` describes the proof's texts, `proof` has its numbers."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in config.name.lower()).strip("-") or "model"
-    found = turns(tokenizer)
-    (out / "Modelfile").write_text(modelfile(config, tokenizer, model, found.go() if found else None), encoding="utf-8")
+    template = turn_template(tokenizer)
+    recipe = modelfile(config, tokenizer, model, template.to_go() if template else None)
+    (out / "Modelfile").write_text(recipe, encoding="utf-8")
     (out / "serve.sh").write_text(SERVE.format(slug=slug, context=config.context))
     (out / "README.md").write_text(
         README.format(
-            name=config.name, kind=plan.wanted.kind, megabytes=plan.bytes / 1e6, sentence=plan.sentence(), what=what,
+            name=config.name, kind=plan.kind, megabytes=plan.bytes / 1e6, sentence=plan.sentence(), what=texts,
             slug=slug, rows=round(proof["rows"]), mean_kl=proof["mean_kl"], top1=proof["top1"],
         ),
         encoding="utf-8",
     )  # fmt: skip
-    if found or not tokenizer.chat_template:
+    if template or not tokenizer.chat_template:
         return []
     return [
         "the chat template is more than turns, so the Modelfile has none and Ollama guesses one from the GGUF: try it "
@@ -76,11 +77,11 @@ def write_recipes(
 
 
 def modelfile(config: GgufConfig, tokenizer: PreTrainedTokenizerBase, model: Path, template: str | None) -> str:
-    """Ollama's recipe: the file, its template in Go, where answers end, greedy decoding as in the evaluation."""
+    """Ollama's Modelfile: the GGUF, its chat template in Go, stop strings, and greedy decoding as in the evaluation."""
     lines = ["FROM ./model.gguf"]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    ends = end_ids(tokenizer, read_config(model)) if tokenizer.chat_template else []
+    ends = stop_token_ids(tokenizer, read_config(model)) if tokenizer.chat_template else []
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(ends)]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if '"' not in stop]
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {config.context}"]

@@ -1,22 +1,21 @@
-"""The GGUF stage's task."""
+"""The Prefect task of the GGUF stage."""
 
 from prefect import task
 
 from tasks.core.refs import DatasetRef, GgufRef, ModelRef, ReportRef
-from tasks.core.retry import TASK
+from tasks.core.retry import TASK_OPTIONS
 from tasks.core.shell import run_stage
+from tasks.engine.runtimes.ggml_types import FLOATS
 from tasks.gguf import GgufConfig
 
 
-@task(name="convert", task_run_name="convert {config.kind}", **TASK)
+@task(name="convert", task_run_name="convert {config.kind}", **TASK_OPTIONS)
 def convert(
     config: GgufConfig,
     model: ModelRef,
     dataset: DatasetRef | None,
     outliers: ReportRef | None = None,
 ) -> GgufRef:
-    """One GGUF file of `model`, proven in llama.cpp; `outliers` is the audit whose importance matrix weighs the
-    rounding, and whose verdict names sensitive tensors."""
-    floats = config.kind in ("F32", "F16", "BF16")
-    inputs = {"model": model, "dataset": dataset, "outliers": None if floats else outliers}
+    """Converts `model` to one GGUF and proves it; `outliers` has the importance matrix and the sensitive tensors."""
+    inputs = {"model": model, "dataset": dataset, "outliers": None if config.kind in FLOATS else outliers}
     return run_stage("gguf", config, inputs, GgufRef, f"gguf {config.kind}")

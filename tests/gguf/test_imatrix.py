@@ -14,11 +14,11 @@ from tasks.engine.runtimes.ggml_types import TYPES
 from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
 from tasks.gguf import GgufConfig
 from tasks.gguf.audit_verdict import verdict_warnings
-from tasks.gguf.convert import Conversion, converting
+from tasks.gguf.conversion_plan import make_plan
+from tasks.gguf.convert import Conversion, open_conversion
 from tasks.gguf.header import read_header
 from tasks.gguf.imatrix import read_imatrix
-from tasks.gguf.kind_choice import candidates
-from tasks.gguf.kinds import IGNORE_IMATRIX, NEED_IMATRIX
+from tasks.gguf.kind_choice import candidate_plans
 from tests.gguf.architectures import gemma3_wide
 
 HEAVY = 8
@@ -54,13 +54,13 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of 256: K- and IQ-types fit."""
     directory = tmp_path_factory.mktemp("wide")
     model = gemma3_wide(directory / "model", layers=6)
-    with converting(model, "pico", Job(directory / "work")) as conversion:
-        conversion.write(conversion.plan(conversion.skeleton.wanted("BF16")), directory / "BF16.gguf")
+    with open_conversion(model, "pico", Job(directory / "work")) as conversion:
+        conversion.write(make_plan(conversion.layout, conversion.layout.options("BF16")), directory / "BF16.gguf")
     return directory / "BF16.gguf"
 
 
 def matrices(conversion: Conversion) -> dict[str, int]:
-    shapes = conversion.skeleton.shapes
+    shapes = conversion.layout.shapes
     return {name: shape[0] for name, shape in shapes.items() if name.startswith("blk.") and len(shape) == 2}
 
 
@@ -69,15 +69,15 @@ def values(file: Path, name: str) -> np.ndarray:
     return gguf.dequantize(tensor.data, tensor.tensor_type)
 
 
-def test_important_columns_are_kept_better(bf16: Path, tmp_path: Path) -> None:
+def test_important_columns_have_smaller_errors(bf16: Path, tmp_path: Path) -> None:
     """With the matrix the heavy columns' errors shrink; the file says that it was used, and is as long as planned."""
-    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+    with open_conversion(bf16, "pico", Job(tmp_path)) as conversion:
         imatrix = write_imatrix(tmp_path / "imatrix.gguf", matrices(conversion))
         assert read_imatrix(imatrix).weights["blk.0.attn_q.weight"][[0, HEAVY]].tolist() == [10_000, 1]
         errors = {}
         for used in (None, imatrix):
-            wanted = conversion.skeleton.wanted("Q4_K_M", imatrix=used is not None)
-            plan = conversion.plan(wanted, imatrix=used)
+            options = conversion.layout.options("Q4_K_M", imatrix=used is not None)
+            plan = make_plan(conversion.layout, options, imatrix=used)
             target = tmp_path / f"{bool(used)}.gguf"
             conversion.write(plan, target)
             assert plan.bytes == target.stat().st_size and len(plan.weighed) == (6 * 7 if used else 0)
@@ -93,36 +93,38 @@ def test_important_columns_are_kept_better(bf16: Path, tmp_path: Path) -> None:
     )
 
 
-def test_what_ggml_does_not_weigh_is_not_called_weighed(bf16: Path, tmp_path: Path) -> None:
+def test_types_that_ggml_does_not_weigh_are_not_counted_as_weighed(bf16: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rows, weights = random.normal(size=(4, 256)).astype(np.float32), random.uniform(size=256).astype(np.float32) ** 4
-    for type_ in set(TYPES) - set(NEED_IMATRIX):
+    for type_ in [name for name, type_ in TYPES.items() if not type_.needs_imatrix]:
         same = np.array_equal(to_type(rows, type_), to_type(rows, type_, weights))
-        assert same == (type_ in IGNORE_IMATRIX), type_
-    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+        assert same == (not TYPES[type_].weighs), type_
+    with open_conversion(bf16, "pico", Job(tmp_path)) as conversion:
         imatrix = write_imatrix(tmp_path / "imatrix.gguf", matrices(conversion))
-        assert not conversion.plan(conversion.skeleton.wanted("Q8_0", imatrix=True), imatrix=imatrix).weighed
+        assert not make_plan(
+            conversion.layout, conversion.layout.options("Q8_0", imatrix=True), imatrix=imatrix
+        ).weighed
 
 
 @pytest.mark.parametrize("kind", ["IQ2_XXS", "Q2_K_S"])
-def test_low_kinds_need_one_and_run_in_llama_cpp(kind: str, bf16: Path, tmp_path: Path) -> None:
-    few = {"ffn|attn_q|attn_output": "Q4_0"}  # the low types are slow to make
-    config = GgufConfig(kind=kind, overrides=few)
-    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+def test_low_kinds_need_an_imatrix_and_run_in_llama_cpp(kind: str, bf16: Path, tmp_path: Path) -> None:
+    overrides = {"ffn|attn_q|attn_output": "Q4_0"}  # the low types are slow to make
+    config = GgufConfig(kind=kind, overrides=overrides)
+    with open_conversion(bf16, "pico", Job(tmp_path)) as conversion:
         with pytest.raises(ValueError, match=f"{kind} needs an importance matrix.*--outliers DIR"):
-            candidates(config, conversion, {}, None)
+            candidate_plans(config, conversion.layout, {}, None)
         imatrix = write_imatrix(tmp_path / "imatrix.gguf", matrices(conversion))
-        (plan,) = candidates(config, conversion, {}, imatrix)
+        (plan,) = candidate_plans(config, conversion.layout, {}, imatrix)
         conversion.write(plan, tmp_path / "low.gguf")
     assert plan.bytes == (tmp_path / "low.gguf").stat().st_size
     (output,) = llama_logits(tmp_path / "low.gguf", [LlamaInput("Close", [2, 9, 30], 1)], tmp_path / "log")
     assert np.isfinite(output.logits).all()
 
 
-def test_what_does_not_fit_is_said(bf16: Path, tmp_path: Path) -> None:
-    with converting(bf16, "pico", Job(tmp_path)) as conversion:
+def test_an_imatrix_of_another_model_is_refused(bf16: Path, tmp_path: Path) -> None:
+    with open_conversion(bf16, "pico", Job(tmp_path)) as conversion:
         other = write_imatrix(tmp_path / "imatrix.gguf", dict.fromkeys(matrices(conversion), 64))
-        plan = conversion.plan(conversion.skeleton.wanted("Q4_0", imatrix=True), imatrix=other)
+        plan = make_plan(conversion.layout, conversion.layout.options("Q4_0", imatrix=True), imatrix=other)
         with pytest.raises(BadConfig, match=r"has 64 values for blk.*another model"):
             conversion.write(plan, tmp_path / "x.gguf")
     with pytest.raises(BadConfig, match="is no importance matrix"):
@@ -131,13 +133,13 @@ def test_what_does_not_fit_is_said(bf16: Path, tmp_path: Path) -> None:
         read_imatrix(write_imatrix(tmp_path / "infinite.gguf", {"blk.0.attn_q.weight": 64}, infinite=True))
 
 
-def test_an_override_can_need_one(bf16: Path, tmp_path: Path) -> None:
+def test_an_override_can_need_an_imatrix(bf16: Path, tmp_path: Path) -> None:
     config = GgufConfig(kind="Q4_K_M", overrides={"ffn_up": "IQ2_XS"})
     with (
-        converting(bf16, "pico", Job(tmp_path)) as conversion,
+        open_conversion(bf16, "pico", Job(tmp_path)) as conversion,
         pytest.raises(ValueError, match=r"IQ2_XS for blk\.0\.ffn_up.weight needs an importance matrix"),
     ):
-        candidates(config, conversion, {}, None)
+        candidate_plans(config, conversion.layout, {}, None)
 
 
 def test_the_verdict_warns(tmp_path: Path) -> None:

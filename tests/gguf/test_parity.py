@@ -10,9 +10,10 @@ import gguf
 import pytest
 
 from tasks.core.job import Job
-from tasks.engine.runtimes.ggml_types import TYPES, TensorType
-from tasks.gguf.convert import converting
-from tasks.gguf.kinds import KINDS, FileType
+from tasks.engine.runtimes.ggml_types import TYPES
+from tasks.gguf.conversion_plan import make_plan
+from tasks.gguf.convert import open_conversion
+from tasks.gguf.kinds import KINDS
 from tests.gguf.architectures import ARCHITECTURES
 
 NAMES = [architecture.__name__ for architecture in ARCHITECTURES]
@@ -25,22 +26,22 @@ def test_every_byte_is_llama_cpps(name: str, files: Path) -> None:
     assert len(oracles) == len(planned) >= 4
     for oracle in oracles:
         assert planned[oracle.stem] == oracle.stat().st_size  # known before it was written
-        assert_same(oracle.with_suffix(".ours"), oracle)
+        assert_same(oracle.with_suffix(".stage"), oracle)
 
 
-def test_a_source_gives_the_same_files(files: Path, tmp_path: Path) -> None:
+def test_a_gguf_source_converts_to_the_same_files(files: Path, tmp_path: Path) -> None:
     """Quantized from the BF16 file instead of the model."""
-    place = files / "gemma3_wide"
-    with converting(place / "BF16.oracle", "pico", Job(tmp_path)) as conversion:
+    directory = files / "gemma3_wide"
+    with open_conversion(directory / "BF16.oracle", "pico", Job(tmp_path)) as conversion:
         for kind in ("Q8_0", "Q4_K_M"):
-            conversion.write(conversion.plan(conversion.skeleton.wanted(kind)), tmp_path / "ours.gguf")
-            assert_same(tmp_path / "ours.gguf", place / f"{kind}.oracle")
+            conversion.write(make_plan(conversion.layout, conversion.layout.options(kind)), tmp_path / "stage.gguf")
+            assert_same(tmp_path / "stage.gguf", directory / f"{kind}.oracle")
 
 
-def assert_same(ours: Path, oracle: Path) -> None:
-    if ours.read_bytes() == oracle.read_bytes():
+def assert_same(file: Path, oracle: Path) -> None:
+    if file.read_bytes() == oracle.read_bytes():
         return
-    a, b = gguf.GGUFReader(ours), gguf.GGUFReader(oracle)
+    a, b = gguf.GGUFReader(file), gguf.GGUFReader(oracle)
     assert list(a.fields) == list(b.fields), oracle
     assert {k: v.contents() for k, v in a.fields.items()} == {k: v.contents() for k, v in b.fields.items()}, oracle
     assert [(t.name, t.shape.tolist(), t.tensor_type) for t in a.tensors] == [
@@ -52,9 +53,9 @@ def assert_same(ours: Path, oracle: Path) -> None:
 
 
 def test_the_tables_are_gguf_pys() -> None:
-    for name, own in TYPES.items():
+    for name, type_ in TYPES.items():
         number = gguf.GGMLQuantizationType[name]
-        assert own == TensorType(int(number), *gguf.GGML_QUANT_SIZES[number])
+        assert (type_.id, type_.block, type_.bytes) == (int(number), *gguf.GGML_QUANT_SIZES[number])
     for name, kind in KINDS.items():
         number = gguf.LlamaFileType[f"{'ALL' if name == 'F32' else 'MOSTLY'}_{name}"]
-        assert kind == FileType(int(number), kind.default)
+        assert kind.id == int(number)

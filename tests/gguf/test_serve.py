@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tasks.core.job import Job
 from tasks.core.rows import Row
 from tasks.engine.data.chat_template import encode, prompt_ids
-from tasks.engine.models.load import GEMMA_TEMPLATE
+from tasks.engine.models.families.gemma import GEMMA_TURNS
 from tasks.engine.runtimes.llama_server import Server, llama_server
 from tasks.gguf import GgufConfig
-from tasks.gguf.convert import converting
-from tasks.gguf.ollama import turns
+from tasks.gguf.conversion_plan import make_plan
+from tasks.gguf.convert import open_conversion
+from tasks.gguf.ollama import turn_template
 from tasks.gguf.serving_files import modelfile
 from tests.engine.data.test_chat_template import ROW, TALK, template
 from tests.pico import CHAT_TEMPLATE
@@ -57,8 +58,8 @@ def test_the_openai_client(server: Server, tokenizer: PreTrainedTokenizerBase) -
     }
     form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
     options: Any = {"model": "pico", "messages": messages, "max_tokens": 64, "temperature": 0}
-    held = client.chat.completions.create(**options, response_format=form)
-    answer = json.loads(held.choices[0].message.content or "")
+    constrained = client.chat.completions.create(**options, response_format=form)
+    answer = json.loads(constrained.choices[0].message.content or "")
     assert answer["intent"] in ("close_audit", "out_of_scope") and isinstance(answer["line"], bool)
     streamed = [
         chunk.choices[0].delta.content or ""
@@ -73,12 +74,12 @@ def test_the_openai_client(server: Server, tokenizer: PreTrainedTokenizerBase) -
     )
 
 
-def test_training_generation_and_llama_cpp_see_the_same_ids(bf16: Path, narrow: Path, tmp_path: Path) -> None:
+def test_training_generation_and_llama_cpp_have_the_same_ids(bf16: Path, narrow: Path, tmp_path: Path) -> None:
     """With Gemma 3's own template: what is learnt, Hugging Face's prompt, and that of llama.cpp's server."""
     tokenizer, text = AutoTokenizer.from_pretrained(narrow), template("gemma3")
     tokenizer.chat_template = text
-    with converting(bf16 / "model.gguf", "pico", Job(tmp_path / "work")) as conversion:
-        plan = conversion.plan(conversion.skeleton.wanted("BF16"), {"tokenizer.chat_template": text})
+    with open_conversion(bf16 / "model.gguf", "pico", Job(tmp_path / "work")) as conversion:
+        plan = make_plan(conversion.layout, conversion.layout.options("BF16"), {"tokenizer.chat_template": text})
         conversion.write(plan, tmp_path / "model.gguf")
     with llama_server(tmp_path / "model.gguf", tmp_path / "log", context=512) as server:
         for row in (ROW, Row(messages=TALK)):
@@ -89,8 +90,8 @@ def test_training_generation_and_llama_cpp_see_the_same_ids(bf16: Path, narrow: 
             generated = tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, return_dict=False)
             assert served == generated == trained.input_ids[: len(served)] == prompt_ids(tokenizer, row.prompt)
             assert chat["usage"]["prompt_tokens"] == len(served) and served.count(tokenizer.bos_token_id) == 1
-            said = row.answer + "<end_of_turn>"
-            answer = server.post("/tokenize", content=said, add_special=False, parse_special=True)
+            answered = row.answer + "<end_of_turn>"
+            answer = server.post("/tokenize", content=answered, add_special=False, parse_special=True)
             assert answer["tokens"] == trained.answer_ids
 
 
@@ -103,31 +104,31 @@ def render_go(template: str, messages: list[dict[str, str]]) -> str:
         if expression.startswith("$"):
             return variables[expression]
         operator, field, literal = re.fullmatch(r"(eq|ne) (.+) \"(\w+)\"", expression).groups()  # type: ignore[union-attr]
-        found = messages[0]["role"] if field == "(index .Messages 0).Role" else dot["role"]
+        role = messages[0]["role"] if field == "(index .Messages 0).Role" else dot["role"]
         assert field in ("(index .Messages 0).Role", ".Role")
-        return (found == literal) == (operator == "eq")
+        return (role == literal) == (operator == "eq")
 
-    def run(at: int, dot: dict[str, str], live: bool) -> tuple[str, int]:
+    def run(position: int, dot: dict[str, str], live: bool) -> tuple[str, int]:
         """Output from token `at` to the end, `else` or `end` that closes this block, and where that stands."""
         out = []
-        while at < len(tokens):
-            action = tokens[at][2:-2].strip() if tokens[at].startswith("{{") else None
+        while position < len(tokens):
+            action = tokens[position][2:-2].strip() if tokens[position].startswith("{{") else None
             if action is None:
-                out.append(tokens[at] if live else "")
+                out.append(tokens[position] if live else "")
             elif action == "end" or action.startswith("else"):
                 break
             elif action == "range .Messages":
                 for message in messages:
-                    text, end = run(at + 1, message, live)
+                    text, end = run(position + 1, message, live)
                     out.append(text)
-                at = end
+                position = end
             elif action.startswith("if "):
-                done, condition = False, action.removeprefix("if ")
+                matched, condition = False, action.removeprefix("if ")
                 while True:
-                    now = live and not done and (condition == "" or value(condition, dot))
-                    text, at = run(at + 1, dot, now)
+                    active = live and not matched and (condition == "" or value(condition, dot))
+                    text, position = run(position + 1, dot, active)
                     out.append(text)
-                    done, closing = done or now, tokens[at][2:-2].strip()
+                    matched, closing = matched or active, tokens[position][2:-2].strip()
                     if closing == "end":
                         break
                     condition = closing.removeprefix("else").strip().removeprefix("if ").strip()
@@ -138,40 +139,40 @@ def render_go(template: str, messages: list[dict[str, str]]) -> str:
             elif live:
                 name, _, truth = re.fullmatch(r"(\$\w+) (:?=) (true|false)", action).groups()  # type: ignore[union-attr]
                 variables[name] = truth == "true"
-            at += 1
-        return "".join(out), at
+            position += 1
+        return "".join(out), position
 
     return run(0, {}, True)[0]
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GEMMA_TEMPLATE, CHATML, WITH_PREAMBLE + CHATML])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GEMMA_TURNS.jinja, CHATML, WITH_PREAMBLE + CHATML])
 @pytest.mark.parametrize("roles", ["u", "uau", "su", "suau", "uauau"])
-def test_ollamas_template_makes_hugging_faces_prompt(
+def test_the_go_template_renders_hugging_faces_prompt(
     template: str, roles: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
     names = {"s": "system", "u": "user", "a": "assistant"}
     messages = [{"role": names[role], "content": f"text {i}: {role}?"} for i, role in enumerate(roles)]
-    found = turns(tokenizer)
-    assert found is not None
+    template = turn_template(tokenizer)
+    assert template is not None
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render_go(found.go(), messages) == expected.removeprefix("<bos>")
-    assert found.render(messages) == expected.removeprefix("<bos>")
+    assert render_go(template.to_go(), messages) == expected.removeprefix("<bos>")
+    assert template.render(messages) == expected.removeprefix("<bos>")
 
 
-def test_a_template_that_is_more_than_turns_is_not_guessed(
+def test_a_template_beyond_turns_is_not_translated(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHATML + "{{ messages | length }}")
-    assert turns(tokenizer) is None
+    assert turn_template(tokenizer) is None
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no') }}")
-    assert turns(tokenizer) is None
+    assert turn_template(tokenizer) is None
 
 
 def test_the_modelfile(narrow: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    found = turns(tokenizer)
-    assert found
-    text = modelfile(GgufConfig(context=1024), tokenizer, narrow, found.go())
+    template = turn_template(tokenizer)
+    assert template
+    text = modelfile(GgufConfig(context=1024), tokenizer, narrow, template.to_go())
     assert text.startswith('FROM ./model.gguf\nTEMPLATE """')
     assert 'PARAMETER stop "<end_of_turn>"\n' in text
     assert text.endswith("PARAMETER temperature 0\nPARAMETER repeat_penalty 1\nPARAMETER num_ctx 1024\n")

@@ -1,1 +1,1 @@
-"""Other runtimes: ggml's types and conversions, llama.cpp's logits and server."""
+"""llama.cpp and ggml: tensor types, quantizers, logits and server."""

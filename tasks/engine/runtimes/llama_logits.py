@@ -1,4 +1,4 @@
-"""llama.cpp's logits, from a child process: it ends itself with abort() on what it does not like, and is loud.
+"""llama.cpp's logits from a child process, because llama.cpp aborts on errors and prints to the terminal.
 
 for row in llama_logits(Path("model.gguf"), rows, log=Path("llama.log")):
     row.ids, row.logits     # llama.cpp's own token ids of the text; [answer tokens, vocabulary]
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,7 +19,7 @@ from tasks.core.errors import GateFailed
 
 
 class LlamaInput(NamedTuple):
-    """A conversation as text and as the reference's token ids; logits are wanted from the token before `start`."""
+    """A conversation as text and as the reference's token ids; logits are returned from the token before `start`."""
 
     text: str
     input_ids: list[int]
@@ -35,7 +34,7 @@ class LlamaOutput(NamedTuple):
 
 
 def llama_logits(gguf: Path, rows: list[LlamaInput], log: Path) -> Iterator[LlamaOutput]:
-    """Loads `gguf` once and yields for each row; llama.cpp's messages go to `log`. Raises GateFailed when it dies."""
+    """Loads `gguf` once and yields each row's logits; messages go to `log`. Raises GateFailed if llama.cpp crashes."""
     command = [sys.executable, "-m", "tasks.engine.runtimes.llama_logits", str(gguf)]
     with log.open("a") as messages:
         child = subprocess.Popen(
@@ -54,32 +53,13 @@ def llama_logits(gguf: Path, rows: list[LlamaInput], log: Path) -> Iterator[Llam
 
 
 def llama_environment() -> dict[str, str]:
-    """The environment of a child that runs llama.cpp: found from here, and no debugger started when it aborts."""
+    """Environment of a child that runs llama.cpp: this checkout on the Python path, no debugger when it aborts."""
     root = str(Path(__file__).parents[3])
     return {**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONPATH": os.pathsep.join([root, *_python_path()])}
 
 
-@contextmanager
-def silenced(log: Path) -> Iterator[None]:
-    """Sends the process's stdout and stderr, C libraries' too, to the end of `log` while inside."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for number, copy in zip((1, 2), kept, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-
-
-def last_words(log: Path, lines: int = 4) -> str:
-    """The last lines of a log, in one."""
+def log_tail(log: Path, lines: int = 4) -> str:
+    """The last lines of a log, joined."""
     return " | ".join([line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:])
 
 
@@ -93,7 +73,7 @@ def _read_output(stdout: IO[bytes], gguf: Path, log: Path) -> LlamaOutput:
     size = 4 * head.get("rows", 0) * head.get("vocabulary", 0)
     data = stdout.read(size)
     if not head or len(data) < size:
-        raise GateFailed(f"llama.cpp could not run {gguf.name}: {last_words(log)}")
+        raise GateFailed(f"llama.cpp could not run {gguf.name}: {log_tail(log)}")
     return LlamaOutput(head["ids"], np.frombuffer(data, np.float32).reshape(head["rows"], head["vocabulary"]))
 
 
@@ -121,14 +101,14 @@ def _serve(gguf: str) -> None:
     for row in rows:
         context.kv_cache_clear()
         batch.clear()
-        wanted = range(row.start - 1, len(row.input_ids) - 1)
+        positions = range(row.start - 1, len(row.input_ids) - 1)
         for i, token in enumerate(row.input_ids):
-            batch.add(token, i, [0], i in wanted)
+            batch.add(token, i, [0], i in positions)
         context.decode(batch)
         ids = vocabulary.tokenize(row.text, False, True)
-        head = {"ids": list(ids), "rows": len(wanted), "vocabulary": model.n_vocab}
+        head = {"ids": list(ids), "rows": len(positions), "vocabulary": model.n_vocab}
         answers.write(json.dumps(head).encode() + b"\n")
-        for i in wanted:
+        for i in positions:
             answers.write(np.asarray(context.get_logits_ith(i), np.float32).tobytes())
         answers.flush()
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own server (xllamacpp) on a GGUF, in a child process: it is loud, and ends itself on what it dislikes.
+"""llama.cpp's server (xllamacpp) on a GGUF in a child process, because it aborts on errors and prints to the terminal.
 
 with llama_server(Path("model.gguf"), Path("llama.log")) as server:
     server.post("/apply-template", messages=[...]); OpenAI(base_url=server.url + "/v1", api_key=server.key)
@@ -17,33 +17,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.core.errors import GateFailed
-from tasks.engine.runtimes.llama_logits import last_words, llama_environment
+from tasks.engine.runtimes.llama_logits import llama_environment, log_tail
 
 
 class Server(NamedTuple):
-    """A running server, reached on this host only, with a random key."""
+    """A running server, bound to this host, with a random API key."""
 
     url: str
     key: str
     log: Path
 
     def post(self, route: str, **body: Any) -> Any:
-        """The JSON answer; raises GateFailed with the server's words when it refuses or dies."""
+        """The JSON response. Raises GateFailed with the server's message when it refuses or crashes."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         request = urllib.request.Request(self.url + route, json.dumps(body).encode(), headers)
         try:
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as response:
                 return json.load(response)
         except (urllib.error.URLError, ConnectionError) as error:
-            said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else last_words(self.log)
-            raise GateFailed(f"llama.cpp did not answer {route} ({error}): {said}") from error
+            answer = error.read().decode() if isinstance(error, urllib.error.HTTPError) else log_tail(self.log)
+            raise GateFailed(f"llama.cpp did not answer {route} ({error}): {answer}") from error
 
 
 @contextmanager
 def llama_server(
     gguf: Path, log: Path, context: int = 2048, slots: int = 1, threads: int | None = None
 ) -> Iterator[Server]:
-    """A server on a free port, with `slots` conversations of `context` tokens each at the same time.
+    """Starts a server on a free port, for `slots` concurrent conversations of `context` tokens each.
 
     `threads` is half of the CPUs by default. Raises GateFailed when llama.cpp cannot load the file.
     """
@@ -60,7 +60,7 @@ def llama_server(
         child.stdin.flush()
         url = child.stdout.readline().decode().strip()
         if not url:
-            raise GateFailed(f"llama.cpp could not load {gguf.name}: {last_words(log)}")
+            raise GateFailed(f"llama.cpp could not load {gguf.name}: {log_tail(log)}")
         yield Server(url, str(settings["key"]), log)
     finally:
         child.kill()
@@ -70,7 +70,7 @@ def llama_server(
 
 
 def _serve() -> None:
-    """The child: settings as a JSON line on stdin, the server's URL on stdout; it lives until stdin closes."""
+    """The child: reads settings as a JSON line on stdin, writes the server's URL to stdout, runs until stdin closes."""
     import xllamacpp  # noqa: PLC0415 - the parent must not load llama.cpp
 
     url = os.fdopen(os.dup(1), "w")

@@ -16,7 +16,7 @@ def bits(values) -> np.ndarray:
     return np.ascontiguousarray(values, np.float32).view(np.uint32)
 
 
-def awkward(rows: int = 400, width: int = 96) -> torch.Tensor:
+def edge_cases(rows: int = 400, width: int = 96) -> torch.Tensor:
     """Weights of many sizes, ties of the extreme, halves between two integers, constant and sparse blocks."""
     torch.manual_seed(0)
     values = torch.randn(rows, width) * torch.logspace(-4, 4, rows)[:, None]
@@ -33,26 +33,26 @@ def awkward(rows: int = 400, width: int = 96) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_of_gguf_py(kind):
-    values = awkward()
-    scale, whole = quantize(values, kind)
+    values = edge_cases()
+    scale, integers = quantize(values, kind)
     expected = gguf.dequantize(gguf.quantize(values.numpy(), Type[kind]), Type[kind])
     # gguf-py gives zeros the sign of a block's first zero, ggml does not: the next test has them bit for bit
-    assert np.array_equal(bits(dequantize(scale, whole) + 0.0), bits(expected + np.float32(0)))
+    assert np.array_equal(bits(dequantize(scale, integers) + 0.0), bits(expected + np.float32(0)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_are_those_that_llama_cpp_writes(kind, tmp_path, quantized):
     """The file's bytes, block for block, and its values for what is trained on the grid."""
-    values = awkward()
-    scale, whole = quantize(values, kind)
+    values = edge_cases()
+    scale, integers = quantize(values, kind)
     raw = quantized(values, kind, tmp_path)
     assert np.array_equal(raw["scale"], scale.numpy().view(np.uint16).ravel())
-    assert np.array_equal(raw["whole"], whole.numpy().reshape(-1, 32))
+    assert np.array_equal(raw["integers"], integers.numpy().reshape(-1, 32))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_grid_values_come_back_from_llama_cpp_bit_for_bit(kind, tmp_path, quantized):
-    values = torch.cat([awkward(), awkward() * 1e-9])  # the latter's scales are float16's smallest, or none
+    values = torch.cat([edge_cases(), edge_cases() * 1e-9])  # the latter's scales are float16's smallest, or none
     trained = on_grid(values, kind)
     assert np.array_equal(bits(on_grid(trained, kind)), bits(trained))
     assert np.array_equal(bits(quantized(trained, kind, tmp_path)["values"]), bits(trained))
@@ -64,14 +64,14 @@ def test_grid_values_are_no_further_than_half_a_step(kind):
     values = torch.randn(64, 64)
     step = values.unflatten(1, (-1, 32)).abs().amax(-1) / (127 if kind == "Q8_0" else 8)
     error = (on_grid(values, kind) - values).unflatten(1, (-1, 32)).abs().amax(-1)
-    most = 0.5 if kind == "Q8_0" else 1.0  # of the two extremes Q4_0 has only one on its grid
-    assert (error <= step * (most + 127 * 2**-11)).all()  # d itself is rounded to float16
+    max_steps = 0.5 if kind == "Q8_0" else 1.0  # of the two extremes Q4_0 has only one on its grid
+    assert (error <= step * (max_steps + 127 * 2**-11)).all()  # d itself is rounded to float16
     assert (error > step * 0.3).any()
 
 
-def test_a_large_weight_is_rounded_in_place_a_piece_at_a_time(monkeypatch):
+def test_a_large_weight_is_rounded_without_a_copy(monkeypatch):
     monkeypatch.setattr("tasks.engine.runtimes.ggml_blocks.ROWS_BYTES", 96 * 4 * 7)
-    weight = torch.nn.Parameter(awkward())
+    weight = torch.nn.Parameter(edge_cases())
     expected, pointer = on_grid(weight.detach(), "Q4_0"), weight.data_ptr()
     snap_(weight, "Q4_0")
     assert torch.equal(weight, expected) and weight.data_ptr() == pointer
@@ -109,12 +109,12 @@ def quantized():
         raw = np.array(tensor.data).reshape(-1, 34 if kind == "Q8_0" else 18)
         low, high = raw[:, 2:] & 15, raw[:, 2:] >> 4
         nibbles = np.concatenate([low, high], 1).astype(np.float32) - 8
-        whole = raw[:, 2:].view(np.int8).astype(np.float32) if kind == "Q8_0" else nibbles
+        integers = raw[:, 2:].view(np.int8).astype(np.float32) if kind == "Q8_0" else nibbles
         scale = raw[:, :2].copy().view(np.uint16).ravel()
         return {
             "scale": scale,
-            "whole": whole,
-            "values": (whole * scale.view(np.float16).astype(np.float32)[:, None]).reshape(values.shape),
+            "integers": integers,
+            "values": (integers * scale.view(np.float16).astype(np.float32)[:, None]).reshape(values.shape),
         }
 
     return run

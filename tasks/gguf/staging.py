@@ -1,4 +1,4 @@
-"""A Hugging Face directory as llama.cpp's converter wants to find it."""
+"""Prepares a Hugging Face model directory for llama.cpp's converter."""
 
 import json
 import shutil
@@ -11,16 +11,16 @@ DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF1
 
 
 def stored_type(model: Path) -> str:
-    """The 16- or 32-bit type that holds the model's matrices without rounding: most matrices' own, or F32."""
-    found = {str(tensor.dtype) for tensor in stored_tensors(model).values() if len(tensor.shape) > 1}
-    return DTYPES.get(found.pop(), "F32") if len(found) == 1 else "F32"
+    """The type that holds the model's matrices without rounding: their own where all have the same, else F32."""
+    dtypes = {str(tensor.dtype) for tensor in stored_tensors(model).values() if len(tensor.shape) > 1}
+    return DTYPES.get(dtypes.pop(), "F32") if len(dtypes) == 1 else "F32"
 
 
-def stage(model: Path, staged: Path) -> Path:
-    """`model` as links, with the token list in tokenizer_config.json that the converter looks for.
+def stage_for_converter(model: Path, staged: Path) -> Path:
+    """Links the model's files into `staged`, and adds the added tokens to tokenizer_config.json.
 
     transformers 5 no longer writes `added_tokens_decoder` there; without it the converter takes `<start_of_turn>` for
-    plain text, and llama.cpp tokenizes every chat prompt otherwise than the model was trained on.
+    plain text, and llama.cpp tokenizes every chat prompt otherwise than training did.
     """
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)

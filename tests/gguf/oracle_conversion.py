@@ -1,6 +1,7 @@
-"""llama.cpp's own converter and quantizer on many models in one process: what the stage's files are compared with.
+"""Runs llama.cpp's own converter and quantizer on many models in one process: the reference of the stage's files.
 
-python -m tests.gguf.oracle ORDERS.json     # [{"model": DIR, "stored": "BF16", "floats": [...], "kinds": [...]}]
+python -m tests.gguf.oracle_conversion ORDERS.json
+ORDERS.json is [{"model": DIR, "stored": "BF16", "floats": [...], "kinds": [...]}]
 """
 
 import json
@@ -24,12 +25,12 @@ def main(orders: list[dict[str, Any]]) -> None:
     from cyllama.llama import llama_cpp
 
     for order in orders:
-        place = Path(order["model"]).parent
+        parent = Path(order["model"]).parent
         for kind in order["kinds"]:
             params = llama_cpp.LlamaModelQuantizeParams()
             params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{kind}"])
             params.nthread = 1
-            llama_cpp.model_quantize(str(place / f"{order['stored']}.oracle"), str(place / f"{kind}.oracle"), params)
+            llama_cpp.model_quantize(str(parent / f"{order['stored']}.oracle"), str(parent / f"{kind}.oracle"), params)
 
 
 if __name__ == "__main__":
