@@ -6,7 +6,6 @@ from tasks.core.memory_fallback import micro_batch
 from tasks.core.refs import ModelDir
 from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.data.collator import collate
-from tasks.engine.data.sampler import row_order
 from tasks.engine.losses.chunked import cross_entropy
 from tasks.engine.models.lm_head import check_head, head_of, hidden_states
 from tasks.engine.models.load import load_model
@@ -58,16 +57,6 @@ def test_a_head_that_scales_its_logits_is_refused(model, monkeypatch):
     monkeypatch.setattr(model, "forward", scaled)
     with pytest.raises(BadConfig, match="scales its logits"):
         check_head(model)
-
-
-def test_every_row_comes_once_in_an_epoch():
-    lengths = [i % 7 for i in range(50)]
-    order = row_order(lengths, 8, 13, seed=3)
-    assert len(order) == 104
-    assert sorted(row_order(lengths, 10, 5, seed=3)) == list(range(50))
-    assert order == row_order(lengths, 8, 13, seed=3) != row_order(lengths, 8, 13, seed=4)
-    first = [lengths[row] for row in order[:8]]
-    assert first == sorted(first)
 
 
 def test_memory_fallback_levels_keep_the_effective_batch():

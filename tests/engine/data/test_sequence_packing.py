@@ -18,8 +18,7 @@ from transformers import (
 
 from tasks.engine.data.chat_template import IGNORE, Example
 from tasks.engine.data.collator import collate
-from tasks.engine.data.micro_batches import MicroBatchDataset
-from tasks.engine.data.sampler import balance_steps, row_order
+from tasks.engine.data.sampler import row_order
 from tasks.engine.data.sequence_packing import collate_packed, pack_first_fit, pack_steps
 from tasks.engine.models.lm_head import hidden_states
 from tasks.engine.speed.packed_attention import use_packed_attention
@@ -175,27 +174,3 @@ def test_the_flash_kernel_equals_single_rows(window):
         outcomes.append((out, *gradients))
     for got, want in zip(*outcomes, strict=True):
         assert float((got - want).float().norm() / want.float().norm()) < 1e-2
-
-
-def test_balanced_steps_are_of_one_size_and_have_the_window_s_rows():
-    generator = torch.Generator().manual_seed(0)
-    lengths, answers = (
-        torch.randint(20, 90, (96,), generator=generator),
-        torch.randint(3, 19, (96,), generator=generator),
-    )
-    sizes = list(zip(lengths.tolist(), answers.tolist(), strict=True))
-    order = row_order(lengths.tolist(), 16, 14, seed=3)  # more than two epochs, and a window of two steps at the end
-    dealt = balance_steps(sizes, order, 16, 4)
-    assert dealt == balance_steps(sizes, order, 16, 4)
-    for start in range(0, len(order), 64):
-        assert sorted(dealt[start : start + 64]) == sorted(order[start : start + 64])
-
-    def spread(rows: list[int], which: int) -> int:
-        sums = [sum(sizes[row][which] for row in rows[start : start + 16]) for start in range(0, 64, 16)]
-        return max(sums) - min(sums)
-
-    for which in (0, 1):  # tokens, labels
-        assert spread(dealt, which) < spread(order, which) / 4
-    rows = [Example(list(range(n)), [IGNORE] * (n - a) + [5] * a) for n, a in sizes]
-    feed = MicroBatchDataset(rows, order, 16, 16, packed=True, shapes=1, multiple=16, window=4)
-    assert sorted(feed.micro_batches[0]) == sorted(dealt[:16])
