@@ -12,7 +12,7 @@ from rich.table import Table
 from flows.flow_config import FlowConfig
 from flows.preflight.machine import check_machine
 from flows.preflight.models import base_models, check_models, check_pins
-from flows.preflight.needs import first_file, libraries, trainings
+from flows.preflight.needs import check_top_k, first_file, libraries, trainings
 from tasks.core.child_process import run_command
 from tasks.core.errors import BadConfig, StageError
 from tasks.core.settings import Settings
@@ -33,6 +33,7 @@ def _checks(config: FlowConfig | None, settings: Settings) -> Iterator[Check]:
     if config is None or any(check.name == "torch stack" and check.state == "fail" for check in checks):
         return
     yield from check_pins(config)
+    yield from check_top_k(config)
     directories, checks = check_models(config)
     yield from checks
     yield from _in_child(config, settings, directories, card)

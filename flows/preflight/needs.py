@@ -1,6 +1,7 @@
 """What a config will need: libraries, disk space, memory plans, and the file of its first rows."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from flows.flow_config import FlowConfig
@@ -86,6 +87,17 @@ def needed_bytes(config: FlowConfig, store_on_disk: bool) -> tuple[float, float]
 
 def _weights(directory: Path) -> float:
     return float(sum(path.stat().st_size for path in directory.glob("*.safetensors"))) if directory.is_dir() else 0.0
+
+
+def check_top_k(config: FlowConfig) -> Iterator[Check]:
+    """`top_k` does nothing while the teacher's hidden states stay within their budget."""
+    student = getattr(config, "student", None)
+    if student is None or student.top_k == type(student).model_fields["top_k"].default:
+        return
+    likely = _teacher_cache(config)
+    if 0 < likely < student.states_budget_gib * 2**30:
+        result = f"student.top_k has no effect: the teacher's hidden states are about {likely / GB:.1f} GB"
+        yield Check("setting", "warn", result, "remove it, or set student.states_budget_gib below that")
 
 
 def _teacher_cache(config: FlowConfig) -> float:

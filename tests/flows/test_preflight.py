@@ -10,7 +10,7 @@ import pytest
 from flows.cards import Card
 from flows.config import PipelineConfig
 from flows.preflight import machine, preflight, require_none_failed
-from flows.preflight.needs import first_file, needed_bytes
+from flows.preflight.needs import check_top_k, first_file, needed_bytes
 from tasks.core.errors import BadConfig
 from tasks.core.settings import Settings
 from tasks.preflight import Check
@@ -98,3 +98,11 @@ def test_a_full_disk_and_missing_libraries_are_found(tmp_path: Path, monkeypatch
 def test_rows_from_afar_are_left_for_the_run(tmp_path: Path) -> None:
     config = PipelineConfig.model_validate({"preset": "quickstart", "train": "hub:owner/name"})
     assert first_file(config) == (None, Check("first rows", "ok", "hub:owner/name is looked at when it is fetched"))
+
+
+def test_a_top_k_that_is_not_needed_is_warned_of() -> None:
+    config = PipelineConfig.model_validate({"preset": "quickstart", "student": {"top_k": 8}})
+    [check] = check_top_k(config)
+    assert check.state == "warn" and "student.top_k has no effect" in check.result
+    small = {"preset": "quickstart", "student": {"top_k": 8, "states_budget_gib": 0}}
+    assert not list(check_top_k(PipelineConfig.model_validate(small)))
