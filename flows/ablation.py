@@ -110,14 +110,14 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         files = run(
-            "take data",
+            "import data",
             import_files,
             files_by_split(train=config.train, validation=config.validation, test=config.test),
         )
         pinned = config.revision.get
-        teacher_base = run("take teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
-        student_base = run("take student base", import_model, config.student_base, pinned(config.student_base))
-        text = run("take text", import_files, {"text": config.text}) if config.text else None
+        teacher_base = run("import teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
+        student_base = run("import student base", import_model, config.student_base, pinned(config.student_base))
+        text = run("import text", import_files, {"text": config.text}) if config.text else None
 
         dataset = run("ingest", ingest, config.ingest, files, student_base)
         teacher = run("teacher", fine_tune, config.teacher, teacher_base, dataset)

@@ -63,13 +63,13 @@ def audit(config: AuditConfig) -> dict[str, Any]:
     """
     with Stages(config) as run:
         models: dict[str, AnyModel] = {
-            name: run(f"take {name}", import_model, source, config.revision.get(source))
+            name: run(f"import {name}", import_model, source, config.revision.get(source))
             for name, source in config.models.items()
         }
         dataset: DatasetRef | None = None
         files = files_by_split(train=config.train, test=config.test)
         if files:
-            dataset = run("ingest", ingest, config.ingest, run("take data", import_files, files))
+            dataset = run("ingest", ingest, config.ingest, run("import data", import_files, files))
         return publish_verdict(run, run("outliers", find_outliers, config.outliers, models, dataset))
 
 

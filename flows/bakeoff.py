@@ -84,8 +84,8 @@ def bakeoff(config: BakeoffFlowConfig) -> dict[str, Any]:
     Returns `rows` (the measurements), `table` (the same as formatted text) and the directory of the report.
     """
     with Stages(config) as run:
-        model = run("take model", import_model, config.model, config.revision)
-        files = run("take data", import_files, files_by_split(train=config.train, test=config.test))
+        model = run("import model", import_model, config.model, config.revision)
+        files = run("import data", import_files, files_by_split(train=config.train, test=config.test))
         dataset = run("ingest", ingest, config.ingest, files, model)
         outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
         verdict_table(run, outliers)

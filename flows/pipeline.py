@@ -39,13 +39,13 @@ def pipeline(config: PipelineConfig) -> dict[str, Any]:
     the student or a file lost more than `gate` allows.
     """
     with Stages(config) as run:
-        files = run("take data", import_files, config.files)
+        files = run("import data", import_files, config.files)
         pinned = config.revision.get
-        teacher_base = run("take teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
-        student_base = run("take student base", import_model, config.student_base, pinned(config.student_base))
-        text = run("take text", import_files, {"text": config.text}) if config.text else None
+        teacher_base = run("import teacher base", import_model, config.teacher_base, pinned(config.teacher_base))
+        student_base = run("import student base", import_model, config.student_base, pinned(config.student_base))
+        text = run("import text", import_files, {"text": config.text}) if config.text else None
         frequent = (
-            run("take vocabulary text", import_files, {"text": config.vocabulary_text})
+            run("import vocabulary text", import_files, {"text": config.vocabulary_text})
             if config.vocabulary_text
             else None
         )

@@ -79,8 +79,8 @@ def quantize(config: QuantizeConfig) -> dict[str, Any]:
     Returns the summary that the report shows. Raises GateFailed, after the report, when a file lost too much.
     """
     with Stages(config) as run:
-        model = run("take model", import_model, config.model, config.revision)
-        files = run("take data", import_files, files_by_split(train=config.train, test=config.test))
+        model = run("import model", import_model, config.model, config.revision)
+        files = run("import data", import_files, files_by_split(train=config.train, test=config.test))
         dataset = run("ingest", ingest, config.ingest, files, model)
         outliers = run("outliers", find_outliers, config.outliers, {"model": model}, dataset)
         verdict_table(run, outliers)
