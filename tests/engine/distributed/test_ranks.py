@@ -32,11 +32,11 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ran(base, tmp_path_factory):
+def runs(base, tmp_path_factory):
     """One process's runs, one of them stopped in step 3, and then what two processes made of the same."""
     dataset, work = example_dataset(tmp_path_factory.mktemp("dataset")), tmp_path_factory.mktemp("work")
     rows = encode_file(load_tokenizer(base), dataset / "train.jsonl", 256, warn=pytest.fail)
-    whole = {}
+    single = {}
 
     def stop(call: int) -> None:
         if call == 9:  # four micro-batches a step: in step 3
@@ -44,7 +44,7 @@ def ran(base, tmp_path_factory):
 
     before = signal.getsignal(signal.SIGTERM)
     for run, (_, method) in RUNS.items():
-        whole[run] = train(training_spec(base, rows, work / f"{run}-alone", method=method, **SETTINGS))
+        single[run] = train(training_spec(base, rows, work / f"{run}-alone", method=method, **SETTINGS))
         with pytest.raises(Preempted):
             train(training_spec(base, rows, work / f"{run}-one", method=method, at_micro_batch=stop, **SETTINGS))
     signal.signal(signal.SIGTERM, before)
@@ -52,47 +52,47 @@ def ran(base, tmp_path_factory):
     child_process.run_command(
         "tests.engine.distributed.two_processes", arguments, work / "two", print, 200, 300, warm=True
     )
-    return rows, work, whole
+    return rows, work, single
 
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("kind", ["", "-resumed"])
-def test_two_processes_take_the_steps_of_one(ran, run, kind):
-    _, work, whole = ran
-    model, history = whole[run]
-    theirs = json.loads((work / f"{run}{kind}.json").read_text())
-    assert theirs["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
-    assert theirs["grad_norm"] == pytest.approx(history.steps["grad_norm"], rel=1e-3)
+def test_two_processes_take_the_steps_of_one(runs, run, kind):
+    _, work, single = runs
+    model, history = single[run]
+    two_ranks = json.loads((work / f"{run}{kind}.json").read_text())
+    assert two_ranks["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
+    assert two_ranks["grad_norm"] == pytest.approx(history.steps["grad_norm"], rel=1e-3)
     assert_equal(load_file(work / f"{run}{kind}.safetensors"), weights(model), **CLOSE)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_one_process_goes_on_from_the_checkpoint_of_two(ran, base, run):
-    rows, work, whole = ran
-    model, history = whole[run]
+def test_one_process_goes_on_from_the_checkpoint_of_two(runs, base, run):
+    rows, work, single = runs
+    model, history = single[run]
     stopped = training_spec(base, rows, work / f"{run}-stopped", method=RUNS[run][1], **SETTINGS)
     assert sorted(path.name for path in stopped.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
-    resumed, later = train(stopped)
-    assert later.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
+    resumed, resumed_history = train(stopped)
+    assert resumed_history.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-4)
     assert_equal(weights(resumed), weights(model), **CLOSE)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_gradients_in_one_buffer_are_those_of_one_process(ran, base, run):
-    rows, work, whole = ran
-    theirs = load_file(work / f"{run}-gradients.safetensors")
-    norm, half = float(theirs.pop("norm")), PRECISION[run] == "bfloat16"
-    assert norm == pytest.approx(whole[run][1].steps["grad_norm"][0], rel=1e-2 if half else 1e-3)
+def test_gradients_in_one_buffer_are_those_of_one_process(runs, base, run):
+    rows, work, single = runs
+    two_ranks = load_file(work / f"{run}-gradients.safetensors")
+    norm, half = float(two_ranks.pop("norm")), PRECISION[run] == "bfloat16"
+    assert norm == pytest.approx(single[run][1].steps["grad_norm"][0], rel=1e-2 if half else 1e-3)
     settings = SETTINGS | {"precision": PRECISION[run]}
-    alone = training_spec(base, rows, work / f"{run}-alone-gradients", method=RUNS[run][1], **settings)
-    model = alone.build()
-    batches = training_batches(alone, model)
+    spec = training_spec(base, rows, work / f"{run}-spec-gradients", method=RUNS[run][1], **settings)
+    model = spec.build()
+    batches = training_batches(spec, model)
     for batch in (batches[number] for number in range(4)):
-        alone.loss_sums(model, batch).loss.backward()
+        spec.loss_sums(model, batch).loss.backward()
     labels = sum(len(batches[number]["labels"]) for number in range(4))
     scale = 0.1 / norm / labels
-    ours = {name: p.grad * scale for name, p in model.named_parameters() if p.requires_grad}
-    assert_equal(theirs, ours, **(dict(rtol=3e-2, atol=5e-4) if half else CLOSE))
+    expected = {name: p.grad * scale for name, p in model.named_parameters() if p.requires_grad}
+    assert_equal(two_ranks, expected, **(dict(rtol=3e-2, atol=5e-4) if half else CLOSE))
 
 
 def test_the_command_in_two_processes_writes_one_output_and_one_goes_on_from_its_checkpoint(base, tmp_path):
@@ -109,23 +109,26 @@ def test_the_command_in_two_processes_writes_one_output_and_one_goes_on_from_its
         child_process.run_command(
             "tasks.teacher.run", arguments, tmp_path / "work", events.append, 120, 240, processes=count
         )
-        told = [event["values"] for event in events if event["event"] == "metrics"]
-        return [values["loss"] for values in told if "loss" in values]
+        metrics = [event["values"] for event in events if event["event"] == "metrics"]
+        return [values["loss"] for values in metrics if "loss" in values]
 
-    theirs = run(2, tmp_path / "out")
+    two_ranks = run(2, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["facts"]["steps"] == 6 and report["details"]["batch"] == {"effective": 8, "micro": 4}
     shutil.rmtree(tmp_path / "work" / "checkpoints" / "checkpoint-6")
-    rest = run(1, tmp_path / "alone")
-    assert any("goes on from checkpoint-4 of 6 steps" in event.get("message", "") for event in events)
-    assert len(theirs) == 6 and rest == pytest.approx(theirs[4:], rel=2e-2 if torch.cuda.is_available() else 1e-4)
+    resumed_losses = run(1, tmp_path / "alone")
+    assert any("resumes from checkpoint-4 of 6 steps" in event.get("message", "") for event in events)
+    assert len(two_ranks) == 6 and resumed_losses == pytest.approx(
+        two_ranks[4:], rel=2e-2 if torch.cuda.is_available() else 1e-4
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_processes_than_gpus_are_refused(base, tmp_path):
-    config = FineTuneConfig(processes=torch.cuda.device_count() + 1)
+    processes = torch.cuda.device_count() + 1
+    config = FineTuneConfig(processes=processes, batch_size=8 * processes)
     (tmp_path / "config.json").write_text(config.model_dump_json())
     arguments = [str(tmp_path / "config.json"), "--base", str(base.base), "--out", str(tmp_path / "out")]
     arguments += ["--dataset", str(example_dataset(tmp_path / "dataset")), "--work", str(tmp_path / "work")]
