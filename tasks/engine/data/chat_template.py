@@ -33,7 +33,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, end: int | None = None) -> Example:
-    """A row's ids and labels; the last label is the end-of-turn token. `end` saves computing `turn_end` for each row.
+    """A row's ids and labels; the last label is the end-of-turn token, `end`, computed from the template by default.
 
     Labels are the messages that `row.labels` names, each with its end of turn, or the last one. Raises ValueError when
     the conversation does not start with what generation of one of them would start with.

@@ -1,7 +1,7 @@
 """Loads an adapter onto its base, every tensor checked, for inference or for continued training.
 
-model = attach(model, ModelDir(base, adapter), device)
-model = trained_on(config, model, ModelDir(base, adapter), device)     # continued fine-tuning
+model = attach_adapter(model, ModelDir(base, adapter), device)
+model = continue_adapter(config, model, ModelDir(base, adapter), device)     # continued fine-tuning
 """
 
 import re
