@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_where_it_was_though_a_child_of_every_stage_is_kill
     assert run.returncode == 0, home.output[-6000:]
     assert killed == SEEN_MODULES
     assert home.output.count("was ended by SIGKILL") >= len(killed) - 1
-    assert "goes on from" in home.output
+    assert "resumes from" in home.output
     assert home.cached["ingest"] and not home.cached["teacher"]
     statuses = {found.info.run_id: found.info.status for found in mlflow_runs(home)}
     assert {statuses[one] for one in before} == {"FINISHED", "KILLED"}, "the dead run's are reaped by the next one"

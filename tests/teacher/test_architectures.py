@@ -29,7 +29,7 @@ from transformers import (
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.core.training_config import TrainingConfig
-from tasks.engine.models.families.family import TOWERS
+from tasks.engine.models.family import TOWERS
 from tasks.engine.models.lm_head import unwrap
 from tasks.engine.models.load import load_model
 from tasks.engine.models.trainable import trainable_model
@@ -96,7 +96,7 @@ MODELS = {
 }
 
 
-def made(name, directory) -> ModelDir:
+def saved_model(name, directory) -> ModelDir:
     pico_tokenizer(directory)
     torch.manual_seed(0)
     MODELS[name](SIZES | {"vocab_size": len(AutoTokenizer.from_pretrained(directory)) + 2}).to(
@@ -112,7 +112,7 @@ def kinds(tensors):
 @pytest.mark.usefixtures("a_tower_without_timm")
 @pytest.mark.parametrize("name", MODELS)
 def test_it_learns_in_four_bits_and_whole_and_keeps_its_class_and_its_towers(name, tmp_path):
-    base, dataset = made(name, tmp_path / "base"), example_dataset(tmp_path / "dataset")
+    base, dataset = saved_model(name, tmp_path / "base"), example_dataset(tmp_path / "dataset")
     shutil.copy(dataset / "validation.jsonl", dataset / "test.jsonl")
     architecture = json.loads((base.base / "config.json").read_text())["architectures"][0]
     before = load_file(base.base / "model.safetensors")
@@ -143,7 +143,7 @@ def test_it_learns_in_four_bits_and_whole_and_keeps_its_class_and_its_towers(nam
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma3n-towers"])
 @pytest.mark.parametrize("target_modules", ["all-linear", ".*_proj"])
 def test_towers_altup_and_head_are_neither_packed_nor_adapted(name, target_modules, tmp_path):
-    base = made(name, tmp_path)
+    base = saved_model(name, tmp_path)
     model = trainable_model(TrainingConfig(rank=2, target_modules=target_modules), "qlora", base, "cpu")
     assert type(unwrap(model)).__name__ == type(load_model(base, "float32", "cpu")).__name__
     never = (*TOWERS, "altup", "lm_head")
@@ -155,18 +155,18 @@ def test_towers_altup_and_head_are_neither_packed_nor_adapted(name, target_modul
 
 def test_capped_attention_scores_are_capped(tmp_path):
     """transformers' default attention leaves Gemma 2's cap out without a word."""
-    base = made("gemma2", tmp_path)
+    base = saved_model("gemma2", tmp_path)
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():
-        ours = load_model(base, "float32", "cpu")
-        for parameter in ours.parameters():
+        model = load_model(base, "float32", "cpu")
+        for parameter in model.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
-        states = ours.state_dict()
-        wants = {}
+        states = model.state_dict()
+        expected = {}
         for kind in ("eager", "sdpa"):
             other = Gemma2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=kind).eval()
             other.load_state_dict(states)
-            wants[kind] = other(input_ids=ids).logits
-        got = ours(input_ids=ids).logits
-    torch.testing.assert_close(got, wants["eager"])
-    assert float((got - wants["sdpa"]).abs().max()) > 0.1
+            expected[kind] = other(input_ids=ids).logits
+        got = model(input_ids=ids).logits
+    torch.testing.assert_close(got, expected["eager"])
+    assert float((got - expected["sdpa"]).abs().max()) > 0.1

@@ -61,9 +61,9 @@ def test_the_loss_falls_and_the_same_inputs_give_the_same_files(base, dataset, t
     last = [event for event in events(tmp_path / "a", "metrics") if "grad_norm" in event["values"]][-1]
     assert last["step"] == 12
     assert last["values"].keys() == {"loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_gib"}
-    told = [event for event in events(tmp_path / "a", "progress") if event["unit"] == "steps"][-1]
-    assert (told["done"], told["total"]) == (12, 12)
-    assert re.fullmatch(r"loss \d\.\d+, [\d,]+ tokens/s, peak \d+\.\d GiB, 0:00 left", told["note"])
+    progress = [event for event in events(tmp_path / "a", "progress") if event["unit"] == "steps"][-1]
+    assert (progress["done"], progress["total"]) == (12, 12)
+    assert re.fullmatch(r"loss \d\.\d+, [\d,]+ tokens/s, peak \d+\.\d GiB, 0:00 left", progress["note"])
     assert [e["step"] for e in events(tmp_path / "a", "metrics") if "validation_loss" in e["values"]] == [5, 10, 12]
     run(base, dataset, tmp_path / "b", method=method, validate_every_steps=5)
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -91,7 +91,7 @@ def test_what_is_no_model_or_no_dataset_is_named(base, dataset, tmp_path):
 
 def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_adapter(base, dataset, tmp_path):
     settings = dict(max_steps=40, save_every_steps=5, dropout=0.05)
-    whole = run(base, dataset, tmp_path / "whole", **settings)
+    uninterrupted = run(base, dataset, tmp_path / "whole", **settings)
     config = tmp_path / "config.json"
     config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
     out, work = tmp_path / "killed" / "out", tmp_path / "killed" / "work"
@@ -104,8 +104,8 @@ def test_kill_9_in_the_middle_then_the_same_command_gives_the_same_adapter(base,
     assert not (out / "report.json").exists() and not (out / "adapter_model.safetensors").exists()
     out.rename(tmp_path / "killed" / "left")
     report = run(base, dataset, tmp_path / "killed", **settings)
-    assert any("goes on from checkpoint-" in event["message"] for event in events(tmp_path / "killed", "log")[:2])
-    assert report.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-3)
+    assert any("resumes from checkpoint-" in event["message"] for event in events(tmp_path / "killed", "log"))
+    assert report.metrics["train_loss"] == pytest.approx(uninterrupted.metrics["train_loss"], rel=1e-3)
     adapters = [load_file(tmp_path / kind / "out" / "adapter_model.safetensors") for kind in ("whole", "killed")]
     for name, value in adapters[0].items():
         assert (value - adapters[1][name]).abs().max() < 1e-3, name
@@ -123,29 +123,33 @@ def test_memory_fallback_levels_are_tagged_and_one_that_makes_another_model_begi
         fine_tune(config, model, dataset, tmp_path / "out", Job(tmp_path / "work", memory_level=level))
         return [event["message"] for event in events(tmp_path, "log")[before:]]
 
-    third = "memory fallback level 3 after out-of-memory errors: recompute on; goes on from the last checkpoint"
+    third = "memory fallback level 3 after out-of-memory errors: recompute on; resumes from the last checkpoint"
     assert third in descend(3)
-    assert "goes on from checkpoint-3 of 3 steps" in descend(4)  # the paged optimizer
+    assert "resumes from checkpoint-3 of 3 steps" in descend(4)  # the paged optimizer
     last = descend(8)
     assert (
         "memory fallback level 8 after out-of-memory errors: adapters on q_proj and v_proj only; another model: "
         "begins anew" in last
     )
-    assert not any("goes on from checkpoint" in text for text in last)
-    made = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (made["r"], made["use_dora"], made["target_modules"]) == (2, False, ["q_proj", "v_proj"])
+    assert not any("resumes from checkpoint" in text for text in last)
+    adapter_config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter_config["r"], adapter_config["use_dora"], adapter_config["target_modules"]) == (
+        2,
+        False,
+        ["q_proj", "v_proj"],
+    )
     tags = {name: text for event in events(tmp_path, "tags") for name, text in event["values"].items()}
     assert [tags[f"memory_fallback.{number}"] for number in range(1, 9)] == [
         "micro-batch 4 -> 2, accumulated to 8 as before", "micro-batch 2 -> 1, accumulated to 8 as before",
         "recompute on", "optimizer adamw -> paged_adamw_8bit", "max_length 512 -> 256, longer rows left out",
         "rank 4 -> 2", "DoRA off", "adapters on q_proj and v_proj only",
     ]  # fmt: skip
-    learnt = ModelDir(base.base, (tmp_path / "out").rename(tmp_path / "earlier"))
+    earlier_adapter = ModelDir(base.base, (tmp_path / "out").rename(tmp_path / "earlier"))
     with pytest.raises(BadConfig, match="last of 4 memory fallback levels.*allow_quality_loss=true"):
         descend(5, allow_quality_loss=False)
-    descend(5, learnt)
+    descend(5, earlier_adapter)
     with pytest.raises(BadConfig, match="level 5 nothing is left .*: an earlier adapter keeps its rank and"):
-        descend(6, learnt)
+        descend(6, earlier_adapter)
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ def descended(base, tmp_path: Path, monkeypatch, cap: int, dataset: Path | None 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("CAP_MIB", str(cap))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    dataset, work, events, said = dataset or example_dataset(tmp_path / "dataset"), tmp_path / "work", [], []
+    dataset, work, events, warnings = dataset or example_dataset(tmp_path / "dataset"), tmp_path / "work", [], []
     config = tmp_path / "config.json"
     config.write_text(FineTuneConfig(**(SETTINGS | settings)).model_dump_json())
     arguments = [str(config), "--base", str(base.base), "--dataset", str(dataset), "--out", str(tmp_path / "out")]
@@ -45,24 +45,24 @@ def descended(base, tmp_path: Path, monkeypatch, cap: int, dataset: Path | None 
             events.append(event)
 
         def start(level: int) -> None:
-            arguments_now = [*arguments, "--work", str(work), "--memory-level", str(level)]
-            child_process.run_command("tests.engine.capped", arguments_now, work, on_event, 120, 200, warm=True)
+            all_arguments = [*arguments, "--work", str(work), "--memory-level", str(level)]
+            child_process.run_command("tests.engine.capped", all_arguments, work, on_event, 120, 200, warm=True)
 
         try:
-            retry_out_of_memory(start, tmp_path / "memory_level", run, said.append)
+            retry_out_of_memory(start, tmp_path / "memory_level", run, warnings.append)
         finally:
             tags = MlflowClient(Settings().tracking_uri).get_run(run.run_id).data.tags
-    return tags, events, said
+    return tags, events, warnings
 
 
 def test_a_lid_on_memory_is_met_by_smaller_micro_batches_until_it_fits(base, tmp_path, monkeypatch):
-    tags, events, said = descended(base, tmp_path, monkeypatch, cap=800)
+    tags, events, warnings = descended(base, tmp_path, monkeypatch, cap=800)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    taken = int((tmp_path / "memory_level").read_text())
-    assert taken >= 1 and report["details"]["batch"]["effective"] == 64
-    assert report["details"]["batch"]["micro"] == 64 >> taken
+    level = int((tmp_path / "memory_level").read_text())
+    assert level >= 1 and report["details"]["batch"]["effective"] == 64
+    assert report["details"]["batch"]["micro"] == 64 >> level
     assert tags["memory_fallback.1"] == "micro-batch 64 -> 32, accumulated to 64 as before"
-    assert "allocate" in tags["out_of_memory.1"] and len(said) == taken
+    assert "allocate" in tags["out_of_memory.1"] and len(warnings) == level
     assert report["facts"]["steps"] == 3
 
 
@@ -74,9 +74,9 @@ def test_a_single_long_row_is_met_by_recompute(tmp_path, monkeypatch):
             for n in range(3)]  # fmt: skip
     (tmp_path / "long").mkdir()
     write_rows(tmp_path / "long" / "train.jsonl", long)
-    one = dict(batch_size=1, micro_batch_size=1, max_steps=1)
-    tags, events, said = descended(deep, tmp_path, monkeypatch, 400, tmp_path / "long", **one)
+    single_row = dict(batch_size=1, micro_batch_size=1, max_steps=1)
+    tags, events, warnings = descended(deep, tmp_path, monkeypatch, 400, tmp_path / "long", **single_row)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["facts"]["steps"] == 1 and report["details"]["batch"] == {"effective": 1, "micro": 1}
-    assert tags["memory_fallback.1"] == "recompute on" and "allocate" in tags["out_of_memory.1"] and len(said) == 1
+    assert tags["memory_fallback.1"] == "recompute on" and "allocate" in tags["out_of_memory.1"] and len(warnings) == 1
     assert "memory_fallback.2" not in tags

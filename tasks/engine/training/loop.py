@@ -52,7 +52,7 @@ def train(spec: TrainingSpec) -> tuple[PreTrainedModel, History]:
         resumed = _newest_checkpoint(spec)
         if resumed:
             rate_scale = min(rate_scale, checkpoint.read_state(resumed)["scale"])
-            spec.job.log(f"goes on from {resumed.name} of {spec.steps} steps")
+            spec.job.log(f"resumes from {resumed.name} of {spec.steps} steps")
         try:
             return _attempt(spec, resumed, rate_scale)
         except DivergedStep as error:

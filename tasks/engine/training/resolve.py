@@ -116,5 +116,5 @@ def _descend(resolved: Resolved[C], method: Method, base: ModelDir, job: Job) ->
                 "new adapter"
             )
         job.tags(**{f"memory_fallback.{number}": text})
-    consequence = "goes on from the last checkpoint" if is_lossless(config, level) else "another model: begins anew"
+    consequence = "resumes from the last checkpoint" if is_lossless(config, level) else "another model: begins anew"
     job.log(f"memory fallback level {level} after out-of-memory errors: {levels[-1][0]}; {consequence}", "warning")

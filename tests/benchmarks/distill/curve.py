@@ -25,7 +25,7 @@ def curve(out: Path, directory: Path, steps: int = 16) -> None:
     states, _ = states_of([*rows, *held], directory)
     found: dict[str, list[tuple[float, float]]] = {}
     few: dict[str, Any] = dict(validation=held, loss_chunk_mib=512, learning_rate=RATE)
-    spec = ours(states, rows, 2, 32, 32, **few)["spec"]
+    spec = ours(states, rows, 4, 32, 32, **few)["spec"]
 
     def measured(student: Any) -> float:
         return validation_losses(spec, student)["kd_loss"]

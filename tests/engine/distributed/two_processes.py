@@ -38,23 +38,23 @@ def main(base: ModelDir, dataset: Path, work: Path) -> None:
         if call == 7 and ranks.rank() == 0:  # two micro-batches a step, two of the validation: in step 3
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def made(run: str, kind: str, at_micro_batch=None, **more):
+    def spec_of(run: str, kind: str, at_micro_batch=None, **overrides):
         strategy, method = RUNS[run]
-        where, settings = work / f"{run}-{kind}", SETTINGS | more
-        found = training_spec(base, rows, where, method=method, at_micro_batch=at_micro_batch, **settings)
-        found.strategy, found.validation = strategy, rows[:4]  # which one process does without, and must change nothing
-        return found
+        directory, settings = work / f"{run}-{kind}", SETTINGS | overrides
+        spec = training_spec(base, rows, directory, method=method, at_micro_batch=at_micro_batch, **settings)
+        spec.strategy, spec.validation = strategy, rows[:4]  # which one process does without, and must change nothing
+        return spec
 
     unit = fsdp.UNIT_BYTES
     for run in RUNS:
         fsdp.UNIT_BYTES = 1 if run == "fsdp2-full" else unit  # each layer by itself, and all together
-        _write_run(work / f"{run}.json", *train(made(run, "whole")))
+        _write_run(work / f"{run}.json", *train(spec_of(run, "whole")))
         try:
-            train(made(run, "stopped", stop))
+            train(spec_of(run, "stopped", stop))
         except Preempted:
             ranks.barrier()
-        _write_run(work / f"{run}-resumed.json", *train(made(run, "one")))
-        _write_gradients(work / f"{run}-gradients.safetensors", made(run, "gradients", precision=PRECISION[run]))
+        _write_run(work / f"{run}-resumed.json", *train(spec_of(run, "one")))
+        _write_gradients(work / f"{run}-gradients.safetensors", spec_of(run, "gradients", precision=PRECISION[run]))
     ranks.end_processes()
 
 
@@ -98,7 +98,7 @@ def fork(count: int) -> int:
 
 
 if __name__ == "__main__":
-    told = fork(2)
-    if told >= 0:
-        sys.exit(told)
+    exit_code = fork(2)
+    if exit_code >= 0:
+        sys.exit(exit_code)
     main(ModelDir(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -40,12 +40,12 @@ def test_a_run_trains_to_the_same_losses_without_the_speed_package(tmp_path, set
     fine_tune(config, ModelDir(base), dataset, tmp_path / "fast", Job(tmp_path / "fast-work"))
     (tmp_path / "config.json").write_text(config.model_dump_json())
     arguments = [tmp_path / "config.json", "--base", base, "--dataset", dataset, "--out", tmp_path / "plain"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", WITHOUT_SPEED, *map(str, arguments), "--work", str(tmp_path / "plain-work")],
         cwd=Path(__file__).parents[3], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     assert losses(tmp_path / "plain-work") == pytest.approx(losses(tmp_path / "fast-work"), rel=1e-4)
     assert (
         "tasks.engine.speed is not installed. Rows are padded instead"

@@ -15,12 +15,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def test_the_newest_of_two_kept_is_taken(root):
+def test_the_newest_of_two_checkpoints_is_resumed(root):
     warnings: list[str] = []
-    found = checkpoint.newest(root, "run", warnings.append)
-    assert found.name == "checkpoint-6" and not warnings
+    directory = checkpoint.newest(root, "run", warnings.append)
+    assert directory.name == "checkpoint-6" and not warnings
     assert sorted(path.name for path in root.iterdir()) == ["checkpoint-4", "checkpoint-6"]
-    assert checkpoint.read(found, "model")["w"].tolist() == [6, 6, 6]
+    assert checkpoint.read(directory, "model")["w"].tolist() == [6, 6, 6]
 
 
 def test_a_flipped_byte_a_missing_manifest_and_another_run_s_are_passed_over(root):
@@ -54,10 +54,10 @@ def test_an_optimizer_s_state_survives_safetensors_and_json(tmp_path):
     for batch in batches[:2]:
         step(0, batch)
     models[1].load_state_dict(models[0].state_dict())
-    tensors, rest = flatten(optimizers[0])
-    found = checkpoint.write(tmp_path, 2, {"optimizer": tensors}, {"state": rest}, fingerprint="run")
-    tensors, rest = checkpoint.read(found, "optimizer"), checkpoint.read_state(found)
-    restore(optimizers[1], tensors, rest)
+    tensors, settings = flatten(optimizers[0])
+    directory = checkpoint.write(tmp_path, 2, {"optimizer": tensors}, {"state": settings}, fingerprint="run")
+    tensors, settings = checkpoint.read(directory, "optimizer"), checkpoint.read_state(directory)
+    restore(optimizers[1], tensors, settings)
     for batch in batches[2:]:
         step(0, batch)
         step(1, batch)

@@ -10,7 +10,7 @@ from tasks.engine.training.loop import train
 from tests.engine.training.test_loop import base, rows, sigterm, training_spec, weights  # noqa: F401
 
 
-def told(work) -> list[str]:
+def log_messages(work) -> list[str]:
     lines = map(json.loads, (work / "events.jsonl").read_text().splitlines())
     return [event["message"] for event in lines if event["event"] == "log"]
 
@@ -22,10 +22,12 @@ def test_a_loss_of_0_with_a_nan_gradient_is_noticed_and_its_worst_layer_named(ba
     bad = training_spec(base, rows, tmp_path, at_hidden=broken, rollbacks=1)
     with pytest.raises(Diverged, match=r"step 5: loss is .* and the gradient's norm nan") as error:
         train(bad)
-    said = str(error.value)
-    assert "worst rows" in said and "largest gradients in layers." in said and "(nan)" in said
-    assert "after going back 1 times. Set a lower learning_rate than 0.005" in said
-    assert any("back to the last good checkpoint with 0.5 of the learning rate" in text for text in told(tmp_path))
+    message = str(error.value)
+    assert "worst rows" in message and "largest gradients in layers." in message and "(nan)" in message
+    assert "after going back 1 times. Set a lower learning_rate than 0.005" in message
+    assert any(
+        "back to the last good checkpoint with 0.5 of the learning rate" in text for text in log_messages(tmp_path)
+    )
     assert sorted(path.name for path in bad.checkpoints.iterdir())[-1] == "checkpoint-4"
 
 
@@ -73,7 +75,7 @@ def test_a_run_whose_gradients_explode_is_taken_back_past_its_suspect_checkpoint
         base, rows, tmp_path, at_hidden=amplified, max_steps=32, save_every_steps=2, learning_rate=1e-4
     )
     model, history = train(exploding)
-    assert f"goes on from checkpoint-{WINDOW + 4} of 32 steps" in told(tmp_path)
-    said = next(text for text in told(tmp_path) if "back to the last good" in text)
-    assert f"step {WINDOW + 4 + IN_A_ROW}: the gradient's norm was" in said
+    assert f"resumes from checkpoint-{WINDOW + 4} of 32 steps" in log_messages(tmp_path)
+    message = next(text for text in log_messages(tmp_path) if "back to the last good" in text)
+    assert f"step {WINDOW + 4 + IN_A_ROW}: the gradient's norm was" in message
     assert len(history) == 32 and all(bool(value.isfinite().all()) for value in weights(model).values())

@@ -84,15 +84,15 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_equal(ours, theirs, **tolerance) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], msg=name, **(tolerance or dict(rtol=1e-6, atol=1e-7)))
+def assert_equal(actual, expected, **tolerance) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], msg=name, **(tolerance or dict(rtol=1e-6, atol=1e-7)))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_sigterm_saves_a_checkpoint_and_the_same_call_goes_on_to_the_same_weights(base, rows, tmp_path, method):
-    whole, history = train(training_spec(base, rows, tmp_path / "whole", method=method))
+    uninterrupted, history = train(training_spec(base, rows, tmp_path / "uninterrupted", method=method))
     assert history.steps["loss"][-1] < history.steps["loss"][0]
 
     def stop(call: int) -> None:
@@ -103,29 +103,29 @@ def test_sigterm_saves_a_checkpoint_and_the_same_call_goes_on_to_the_same_weight
     with pytest.raises(Preempted, match="run the same command again"):
         train(stopped)
     assert checkpoint.newest(stopped.checkpoints, "run", pytest.fail).name == "checkpoint-5"
-    resumed, again = train(training_spec(base, rows, tmp_path / "stopped", method=method))
-    assert again.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-6)
-    assert again.steps["learning_rate"] == history.steps["learning_rate"]
-    assert_equal(weights(resumed), weights(whole))
+    resumed, resumed_history = train(training_spec(base, rows, tmp_path / "stopped", method=method))
+    assert resumed_history.steps["loss"] == pytest.approx(history.steps["loss"], rel=1e-6)
+    assert resumed_history.steps["learning_rate"] == history.steps["learning_rate"]
+    assert_equal(weights(resumed), weights(uninterrupted))
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base, rows, tmp_path):
-    whole, _ = train(training_spec(base, rows, tmp_path))
+    uninterrupted, _ = train(training_spec(base, rows, tmp_path))
     damaged = training_spec(base, rows, tmp_path)
     file = damaged.checkpoints / "checkpoint-10" / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     resumed, history = train(damaged)
-    assert_equal(weights(resumed), weights(whole))
+    assert_equal(weights(resumed), weights(uninterrupted))
     events = (tmp_path / "events.jsonl").read_text()
     assert "checkpoint-10 is not used: optimizer.safetensors is not what was written" in events
-    assert "goes on from checkpoint-8 of 10 steps" in events
+    assert "resumes from checkpoint-8 of 10 steps" in events
     assert len(history) == 10
 
 
 def test_a_finished_run_is_read_back_not_trained_again(base, rows, tmp_path):
-    whole, _ = train(training_spec(base, rows, tmp_path))
-    again, _ = train(training_spec(base, rows, tmp_path, at_micro_batch=lambda call: pytest.fail("trained again")))
-    assert_equal(weights(again), weights(whole))
+    uninterrupted, _ = train(training_spec(base, rows, tmp_path))
+    reread, _ = train(training_spec(base, rows, tmp_path, at_micro_batch=lambda call: pytest.fail("trained again")))
+    assert_equal(weights(reread), weights(uninterrupted))
 
 
 def test_another_run_s_checkpoints_are_not_continued(base, rows, tmp_path):
@@ -164,8 +164,12 @@ def test_the_next_memory_fallback_level_goes_on_from_the_larger_micro_batch_s_ch
 def test_gradients_are_clipped_to_the_norm_asked_for(base, rows, tmp_path):
     """AdamW cannot see a gradient that is far smaller than its 1e-8, and the norm told is the one before."""
     free, history = train(training_spec(base, rows, tmp_path / "free", max_grad_norm=0, dropout=0, max_steps=4))
-    held, clipped = train(training_spec(base, rows, tmp_path / "held", max_grad_norm=1e-13, dropout=0, max_steps=4))
-    moved = [max(float(w.abs().max()) for n, w in weights(model).items() if "lora_B" in n) for model in (free, held)]
+    clipped_model, clipped = train(
+        training_spec(base, rows, tmp_path / "clipped", max_grad_norm=1e-13, dropout=0, max_steps=4)
+    )
+    moved = [
+        max(float(w.abs().max()) for n, w in weights(model).items() if "lora_B" in n) for model in (free, clipped_model)
+    ]
     assert moved[0] > 1e-3 and moved[1] < 1e-5
     assert clipped.steps["grad_norm"][0] == history.steps["grad_norm"][0] > 1e-3
 

@@ -34,50 +34,50 @@ def step(model, optimizer, batch) -> None:
     optimizer.step()
 
 
-def through_a_checkpoint(optimizer, into, directory) -> None:
-    tensors, rest = flatten(optimizer)
-    found = checkpoint.write(directory, 2, {"optimizer": tensors}, {"state": rest}, fingerprint="run")
-    restore(into, checkpoint.read(found, "optimizer"), json.loads((found / "state.json").read_text()))
+def through_a_checkpoint(optimizer, target, directory) -> None:
+    tensors, settings_document = flatten(optimizer)
+    saved = checkpoint.write(directory, 2, {"optimizer": tensors}, {"state": settings_document}, fingerprint="run")
+    restore(target, checkpoint.read(saved, "optimizer"), json.loads((saved / "state.json").read_text()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_next_steps_are_those_of_an_optimizer_that_never_stopped(kind, tmp_path):
-    model, optimizer, later = stepped(kind, 4)
-    again = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
-    again.load_state_dict(model.state_dict())
-    resumed = KINDS[kind](again.parameters())
+    model, optimizer, remaining = stepped(kind, 4)
+    restored = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    restored.load_state_dict(model.state_dict())
+    resumed = KINDS[kind](restored.parameters())
     through_a_checkpoint(optimizer, resumed, tmp_path)
-    for batch in later:
+    for batch in remaining:
         step(model, optimizer, batch)
-        step(again, resumed, batch)
+        step(restored, resumed, batch)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(restored.state_dict()[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("before, after", [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
 def test_moments_survive_the_change_of_optimizer(before, after, tmp_path):
-    model, optimizer, later = stepped(before, 4)
-    again = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
-    again.load_state_dict(model.state_dict())
-    changed, fresh = KINDS[after](again.parameters()), nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    model, optimizer, remaining = stepped(before, 4)
+    restored = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
+    restored.load_state_dict(model.state_dict())
+    changed, fresh = KINDS[after](restored.parameters()), nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 3))
     fresh.load_state_dict(model.state_dict())
     forgetful = KINDS[after](fresh.parameters())
     through_a_checkpoint(optimizer, changed, tmp_path)
-    for batch in later[:2]:
+    for batch in remaining[:2]:
         step(model, optimizer, batch)
-        step(again, changed, batch)
+        step(restored, changed, batch)
         step(fresh, forgetful, batch)
 
     def distance(other: nn.Module) -> float:
         pairs = zip(model.parameters(), other.parameters(), strict=True)
-        return sum(float((mine - its).detach().square().sum()) for mine, its in pairs) ** 0.5
+        return sum(float((parameter - its).detach().square().sum()) for parameter, its in pairs) ** 0.5
 
-    assert distance(again) < 0.2 * distance(fresh), "a new optimizer's first steps are larger than the kept moments'"
+    assert distance(restored) < 0.2 * distance(fresh), "a new optimizer's first steps are larger than the kept moments'"
 
 
 def test_a_run_falls_to_the_paged_8_bit_optimizer_and_goes_on(base, rows, tmp_path):  # noqa: F811
     settings = dict(dropout=0, micro_batch_size=1, gradient_checkpointing=True, rank=64, max_steps=8)
-    _, whole = train(training_spec(base, rows, tmp_path / "whole", **settings))
+    _, uninterrupted = train(training_spec(base, rows, tmp_path / "whole", **settings))
 
     def run_out(call: int) -> None:
         if call > 4 * 8:
@@ -89,7 +89,7 @@ def test_a_run_falls_to_the_paged_8_bit_optimizer_and_goes_on(base, rows, tmp_pa
     lower = training_spec(base, rows, tmp_path / "short", level=1, **settings)
     assert lower.config.optimizer == "paged_adamw_8bit"
     model, history = train(lower)
-    assert history.steps["loss"][:4] == whole.steps["loss"][:4]
-    assert history.steps["loss"][-1] == pytest.approx(whole.steps["loss"][-1], rel=0.02)
-    again, _ = train(training_spec(base, rows, tmp_path / "short", level=1, **settings))
-    assert_equal(weights(again), weights(model))
+    assert history.steps["loss"][:4] == uninterrupted.steps["loss"][:4]
+    assert history.steps["loss"][-1] == pytest.approx(uninterrupted.steps["loss"][-1], rel=0.02)
+    reread, _ = train(training_spec(base, rows, tmp_path / "short", level=1, **settings))
+    assert_equal(weights(reread), weights(model))

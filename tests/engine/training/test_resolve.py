@@ -26,15 +26,17 @@ def resolved(base, tmp_path, level=0, method="full", required=None, lossless_onl
     """The resolution, the report that it fills, and the log."""
     report, job = Report(), Job(tmp_path / "work", memory_level=level)
     config = TrainingConfig(batch_size=8, micro_batch_size=4, **settings)
-    made = resolve(config, method, base, ROWS, tmp_path, job, report, required=required, lossless_only=lossless_only)
+    resolution = resolve(
+        config, method, base, ROWS, tmp_path, job, report, required=required, lossless_only=lossless_only
+    )
     events = map(json.loads, (tmp_path / "work" / "events.jsonl").read_text().splitlines())
-    return made, report, [event["message"] for event in events if event["event"] == "log"]
+    return resolution, report, [event["message"] for event in events if event["event"] == "log"]
 
 
 def test_every_change_is_in_one_block_of_the_log_and_in_the_report_with_its_reason(base, tmp_path):
     required = {"cuda_graphs": ("off", "the stage says so")}
-    made, report, log = resolved(base, tmp_path, level=2, memory_gib=4, required=required)
-    config = made.config
+    resolution, report, log = resolved(base, tmp_path, level=2, memory_gib=4, required=required)
+    config = resolution.config
     assert (config.precision, config.micro_batch_size, config.cuda_graphs) == ("float32", 1, "off")
     block = next(text for text in log if text.startswith("settings that this run does not use as configured:"))
     lines = block.splitlines()[1:]
@@ -46,14 +48,14 @@ def test_every_change_is_in_one_block_of_the_log_and_in_the_report_with_its_reas
 
 
 def test_a_config_that_is_used_as_it_is_says_nothing(base, tmp_path):
-    made, report, log = resolved(base, tmp_path, precision="float32", memory_gib="off")
-    assert not made.changes and "settings" not in report.details
+    resolution, report, log = resolved(base, tmp_path, precision="float32", memory_gib="off")
+    assert not resolution.changes and "settings" not in report.details
     assert not any("does not use as configured" in text for text in log)
 
 
 def test_levels_that_change_the_model_are_refused_where_the_stage_keeps_it(base, tmp_path):
     lossy = dict(allow_quality_loss=True, memory_gib="off", precision="float32", max_length=64)
-    made, _, _ = resolved(base, tmp_path, level=5, **lossy)
-    assert made.config.max_length == 32
+    resolution, _, _ = resolved(base, tmp_path, level=5, **lossy)
+    assert resolution.config.max_length == 32
     with pytest.raises(BadConfig, match="last of 4 memory fallback levels"):
         resolved(base, tmp_path, level=5, lossless_only=True, **lossy)

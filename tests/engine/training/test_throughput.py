@@ -39,9 +39,9 @@ def test_a_window_bounds_the_keys_that_a_query_meets(base):
 def test_a_run_s_speed_is_its_median_step_s_without_the_first(base):
     meter = ThroughputMeter(trainable_model(TrainingConfig(rank=2), "lora", base, "cpu"))
     for seconds in [9.0] * 5 + [0.5] * 8:
-        told = meter.step(seconds, 100, 50, [50, 50], processes=2)
-    assert told.pop("peak_gib") > 0.1, "a process that has imported torch"
-    assert told == {"tokens_per_second": 200.0} and peak_flops("cpu") is None
+        speed = meter.step(seconds, 100, 50, [50, 50], processes=2)
+    assert speed.pop("peak_gib") > 0.1, "a process that has imported torch"
+    assert speed == {"tokens_per_second": 200.0} and peak_flops("cpu") is None
     summary = meter.summary()
     assert summary.pop("peak_gib") > 0.1
     assert summary == {"seconds_per_step": 0.5, "tokens_per_second": 200.0, "rows_per_second": 8.0}
@@ -50,9 +50,9 @@ def test_a_run_s_speed_is_its_median_step_s_without_the_first(base):
 def test_the_share_of_what_the_card_could_do_is_told_where_that_is_known(base, monkeypatch):
     model = trainable_model(TrainingConfig(rank=2), "lora", base, "cpu")
     monkeypatch.setattr(throughput, "peak_flops", lambda device: 1e9)
-    told = ThroughputMeter(model).step(0.5, 100, 50, [50, 50], processes=1)
+    speed = ThroughputMeter(model).step(0.5, 100, 50, [50, 50], processes=1)
     cost = token_cost(model)
-    assert told["mfu"] == pytest.approx(cost.step(100, 50, attention_pairs([50, 50], model)) / 0.5 / 1e9)
+    assert speed["mfu"] == pytest.approx(cost.step(100, 50, attention_pairs([50, 50], model)) / 0.5 / 1e9)
 
 
 def test_time_left_is_read_as_a_clock():
