@@ -124,5 +124,10 @@ def first_file(config: FlowConfig) -> tuple[Path | None, Check | None]:
     paths = sorted(path.rglob("*") if path.is_dir() else Path.cwd().glob(source)) if pattern else [path]
     files = [file for file in paths if file.is_file() and (not pattern or data_suffix(file.name))]
     if not files:
-        return None, Check("first rows", "fail", f"train: nothing at {path.absolute()}", "correct the path")
+        return None, Check(
+            "first rows",
+            "fail",
+            f"train: nothing at {path.absolute()}; paths are relative to {Path.cwd()}",
+            "correct the path",
+        )
     return next((file for file in files if "train" in file.name), files[0]), None

@@ -104,7 +104,7 @@ def test_the_nightly_schedule_is_off_until_switched_on(deployed: dict[str, str],
     nightly = httpx.get(f"{prefect_server.url}/deployments/name/stillhouse/nightly").json()
     assert [schedule["active"] for schedule in nightly["schedules"]] == [False]
     assert nightly["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
-    [command] = re.findall(r"`prefect ([^`]*schedule resume[^`]*)`", (ROOT / "README.md").read_text())
+    [command] = re.findall(r"`prefect ([^`]*schedule resume[^`]*)`", (ROOT / "docs" / "operations.md").read_text())
     run = [sys.executable, "-m", "prefect", *command.split()]
     done = subprocess.run(run, cwd=ROOT, env=os.environ | deployed, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

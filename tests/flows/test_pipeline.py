@@ -70,7 +70,7 @@ def test_mlflow_holds_one_run_and_a_nested_run_a_stage(home: Home) -> None:
 def test_prefect_shows_tables_links_and_progress(home: Home, prefect_server: PrefectServer) -> None:
     found = httpx.post(f"{prefect_server.url}/artifacts/filter", json={"limit": 200}).json()
     mine = [artifact for artifact in found if artifact["flow_run_id"] == home.summary["flow_run_id"]]
-    assert {"models", "report", "report-page", "verdict", "dataset-profile", "mlflow-run"} <= {
+    assert {"preflight", "models", "report", "report-page", "verdict", "dataset-profile", "mlflow-run"} <= {
         artifact["key"] for artifact in mine
     }
     assert any(artifact["type"] == "progress" and artifact["data"] == 100.0 for artifact in mine)
@@ -86,7 +86,7 @@ def test_a_second_run_makes_only_what_was_deleted_and_goes_on_without_mlflow(hom
     home.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     output = home.run()
     assert "the run goes on without it" in output and home.summary["mlflow_run_id"] is None
-    made = [name for name, cached in home.cached.items() if not cached and not name.startswith("take")]
+    made = [name for name, cached in home.cached.items() if not cached and not name.startswith("import")]
     assert made == ["gguf Q8_0"], "the same file again: what was measured of it still holds"
     assert [row["exact_match"] for row in home.summary["models"]] == [row["exact_match"] for row in first["models"]]
 
@@ -101,7 +101,7 @@ def test_a_change_runs_what_depends_on_it_and_a_broken_rule_fails_after_the_repo
     )
     output = home.fail()
     del home.environment["MLFLOW_TRACKING_URI"]
-    again = {name for name, cached in home.cached.items() if not cached and not name.startswith("take")}
+    again = {name for name, cached in home.cached.items() if not cached and not name.startswith("import")}
     assert again == {"gate", *(f"evaluate {name}" for name in MODELS)}
     assert "exact_match" in output and "at least 100.0% is wanted" in output
     assert home.summary["gate"]["passed"] is False
