@@ -25,9 +25,9 @@ from tasks.engine.data.chat_template import IGNORE, Example, end_of_turn_id
 from tasks.engine.losses.loss_mix import LossMix
 from tasks.engine.models.lm_head import unwrap
 from tasks.engine.models.load import apply_score_softcap
-from tasks.engine.training.loop import train
 from tasks.engine.training.objective import Objective
 from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.train import train
 from tasks.engine.training.validation import validation_losses
 
 GENERATION_BATCH = 64  # prompts of a generation batch

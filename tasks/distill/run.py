@@ -33,11 +33,11 @@ from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.lm_head import head_of, hidden_states
 from tasks.engine.models.trainable import trainable_model
 from tasks.engine.training.inputs import fingerprint, read_splits
-from tasks.engine.training.loop import train
 from tasks.engine.training.objective import Objective
 from tasks.engine.training.resolve import resolve
 from tasks.engine.training.results import save_results
 from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.train import train
 
 WINDOW = 4  # steps among which rows are redistributed: all of one size, so that there is hardly any padding
 

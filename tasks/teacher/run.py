@@ -23,11 +23,11 @@ from tasks.engine.models.lm_head import head_of, hidden_states
 from tasks.engine.models.trainable import trainable_model
 from tasks.engine.training.acceleration import fp8_problem
 from tasks.engine.training.inputs import fingerprint, read_splits
-from tasks.engine.training.loop import train
 from tasks.engine.training.objective import Objective
 from tasks.engine.training.resolve import LOSSY_FIELDS, resolve
 from tasks.engine.training.results import save_results
 from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.train import train
 from tasks.teacher import FineTuneConfig
 
 

@@ -32,9 +32,9 @@ from tasks.engine.losses.loss_sums import LossSums
 from tasks.engine.models.dtypes import pick_device
 from tasks.engine.models.load import load_model
 from tasks.engine.models.trainable import trainable_model
-from tasks.engine.training.loop import train
 from tasks.engine.training.objective import Objective
 from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.train import train
 from tasks.teacher import FineTuneConfig
 from tasks.teacher.run import objective
 from tests.benchmarks.memory import Case, base_of, config_of, loop_of

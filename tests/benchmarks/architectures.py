@@ -1,4 +1,4 @@
-"""Other architectures than the text-only Gemma 3: random weights of published shapes through the training loop on a GPU.
+"""Other architectures than the text-only Gemma 3: random weights of published shapes in the training loop on a GPU.
 
     python -m tests.benchmarks.architectures [--only "Gemma 3n"] [--pico]
 

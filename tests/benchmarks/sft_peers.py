@@ -29,8 +29,9 @@ def run_peer(
     from trl import SFTConfig, SFTTrainer
 
     from tasks.core.refs import ModelDir
-    from tasks.engine.data.collator import encode_file, row_order
-    from tasks.engine.models.load import load_tokenizer
+    from tasks.engine.data.dataset import encode_file
+    from tasks.engine.data.sampler import row_order
+    from tasks.engine.data.tokenizers import load_tokenizer
 
     cuda, curve = torch.cuda.is_available(), name.startswith("curve")
     examples = encode_file(load_tokenizer(ModelDir(base)), dataset / "train.jsonl", 1024, print)

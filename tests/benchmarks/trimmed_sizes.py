@@ -16,14 +16,14 @@ from pathlib import Path
 from tasks.core.command import Report
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
-from tasks.core.rows import write_rows
 from tasks.distill import DistillConfig
 from tasks.distill.vocabulary_trim import trim
-from tasks.engine.models.load import load_tokenizer
+from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.gguf import GgufConfig
 from tasks.gguf.run import convert
 from tests.benchmarks.gguf import PIECES, shaped_model
 from tests.engine.rows import example_dataset, example_rows
+from tests.rows import write_rows
 
 FILES = {
     "Q8_0": {"kind": "Q8_0"},

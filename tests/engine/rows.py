@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from tasks.core.rows import Message, Row, write_rows
+from tasks.core.rows import Message, Row
+from tests.rows import write_rows
 
 
 def example_rows(count: int, start: int = 0) -> list[Row]:

@@ -19,8 +19,8 @@ from tasks.distill.teacher_targets import TeacherTargets
 from tasks.distill.teachers import CachedTeacher
 from tasks.engine.data.chat_template import Example
 from tasks.engine.losses.loss_mix import LossMix
-from tasks.engine.training.loop import train
 from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.train import train
 from tests.benchmarks.distill.shapes import CE, DEVICE, KD, SHAPES, T, fresh, model, peak_gib, sync
 
 

@@ -16,7 +16,7 @@ from tasks.core.refs import ModelDir
 from tasks.engine.data.dataset import encode_file
 from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.training.acceleration import training_batches
-from tasks.engine.training.loop import train
+from tasks.engine.training.train import train
 from tasks.teacher import FineTuneConfig
 from tests.engine.distributed.two_processes import PRECISION, RUNS, SETTINGS
 from tests.engine.rows import example_dataset

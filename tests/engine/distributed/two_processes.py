@@ -20,7 +20,7 @@ from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.distributed import fsdp, ranks
 from tasks.engine.speed.cuda_graphs import CudaGraphs
 from tasks.engine.training.acceleration import accelerate_layers, training_batches
-from tasks.engine.training.loop import train
+from tasks.engine.training.train import train
 from tests.engine.training.test_loop import training_spec, weights
 
 # A row whose micro-batches differ in size: 6 rows a process in micro-batches of 3, of different lengths.

@@ -11,8 +11,8 @@ from tasks.engine.models.float16 import keep_residual_in_float32
 from tasks.engine.models.lm_head import hidden_states
 from tasks.engine.models.load import load_model
 from tasks.engine.models.trainable import trainable_model
-from tasks.engine.training.loop import train
 from tasks.engine.training.loss_scaling import GROW_AFTER, START, LossScale
+from tasks.engine.training.train import train
 from tests.engine.training.test_loop import rows, sigterm, training_spec  # noqa: F401
 from tests.pico import pico_model
 from tests.planted import plant

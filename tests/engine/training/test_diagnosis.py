@@ -6,7 +6,7 @@ import pytest
 
 from tasks.core.errors import Diverged
 from tasks.engine.training.history import EXPLODED, IN_A_ROW, WINDOW, History
-from tasks.engine.training.loop import train
+from tasks.engine.training.train import train
 from tests.engine.training.test_loop import base, rows, sigterm, training_spec, weights  # noqa: F401
 
 

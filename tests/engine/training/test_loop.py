@@ -17,9 +17,9 @@ from tasks.engine.losses.loss_sums import LossSums
 from tasks.engine.models.lm_head import head_of, hidden_states
 from tasks.engine.models.trainable import trainable_model
 from tasks.engine.training import checkpoint
-from tasks.engine.training.loop import train
 from tasks.engine.training.objective import Objective, label_count
 from tasks.engine.training.spec import TrainingSpec
+from tasks.engine.training.train import train
 from tests.engine.rows import example_dataset
 from tests.pico import pico_model
 

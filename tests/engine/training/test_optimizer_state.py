@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tasks.engine.training import checkpoint
-from tasks.engine.training.loop import train
 from tasks.engine.training.optimizer_state import flatten, restore
+from tasks.engine.training.train import train
 from tests.engine.training.test_loop import assert_equal, base, rows, sigterm, training_spec, weights  # noqa: F401
 
 KINDS = {
