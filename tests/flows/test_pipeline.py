@@ -133,4 +133,4 @@ def test_errors_say_what_where_and_the_remedy(tmp_path: Path, prefect_server: Pr
         assert said in home.output[home.output.rindex("stillhouse: ") :], home.output[-3000:]
     latin = runs[-1][0]  # its bad rows lie on the machine that ran the stage: MLflow shows them
     [quarantine] = (latin.directory / "home" / "mlartifacts").rglob("report/quarantine.jsonl")
-    assert len(quarantine.read_text().splitlines()) == 60 and "is in MLflow: " in latin.output
+    assert len(quarantine.read_text().splitlines()) == 60 and "are in MLflow: " in latin.output
