@@ -16,6 +16,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.checks import require_revisions_of_models, require_separate_rows
 from flows.config import files_by_split, without_teacher
@@ -28,6 +29,7 @@ from tasks.core.import_inputs import import_files, import_model
 from tasks.core.inputs import fetch_input
 from tasks.core.metrics import primary_metric
 from tasks.core.paired_comparison import Prediction, compare_slices, read_predictions
+from tasks.core.plain_text import visible
 from tasks.core.refs import AnyModel, DatasetRef, ReportRef
 from tasks.distill import DistillConfig
 from tasks.distill.task import distil
@@ -207,10 +209,10 @@ def show(summary: dict[str, Any]) -> None:
     for column in rows[0] if rows else ():
         printed.add_column(column)
     for row in rows:
-        printed.add_row(*row.values())
+        printed.add_row(*(Text(visible(cell)) for cell in row.values()))
     Console(width=max(Console().width, 130)).print(printed)
     for name, reason in summary["skipped"].items():
-        print(f"Skipped:  {name}: {reason}")
+        print(f"Skipped:  {name}: {visible(reason)}")
 
 
 if __name__ == "__main__":

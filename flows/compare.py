@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tasks.core.errors import BadConfig, BadData, StageError
@@ -20,6 +21,7 @@ from tasks.core.metrics import paired_metrics, primary_metric
 from tasks.core.metrics.measurements import COMPARED
 from tasks.core.mlflow_report import download_report
 from tasks.core.paired_comparison import Paired, compare, read_predictions, same_rows
+from tasks.core.plain_text import visible
 from tasks.core.settings import Settings
 
 
@@ -76,12 +78,13 @@ def _require_predictions(directory: Path) -> None:
 
 def show(comparisons: list[ModelComparison], names: tuple[str, str], console: Console) -> None:
     """Prints a table of the scores and one of sizes, speeds and perplexities."""
+    names = escape(visible(names[0])), escape(visible(names[1]))
     table = Table(title=f"{names[0]} -> {names[1]}")
     for column in ("model", "score", "rows", names[0], names[1], "difference", "95 % interval", "better/worse", "p"):
         table.add_column(column, justify="left" if column in ("model", "score") else "right")
     for comparison in comparisons:
         for line, paired in enumerate(comparison.paired):
-            table.add_row("" if line else comparison.model, *_cells(paired))
+            table.add_row("" if line else escape(visible(comparison.model)), *_cells(paired))
     console.print(table)
     facts = Table(title="Sizes, speeds, perplexities")
     for column in ("model", "", *names, "times"):
@@ -89,7 +92,11 @@ def show(comparisons: list[ModelComparison], names: tuple[str, str], console: Co
     for comparison in comparisons:
         for line, (title, a, b) in enumerate(comparison.facts):
             facts.add_row(
-                "" if line else comparison.model, title, f"{a:,.6g}", f"{b:,.6g}", f"{b / a:.3f}" if a else "-"
+                "" if line else escape(visible(comparison.model)),
+                title,
+                f"{a:,.6g}",
+                f"{b:,.6g}",
+                f"{b / a:.3f}" if a else "-",
             )
     console.print(facts)
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.flow_config import FlowConfig
 from flows.preflight.machine import check_machine
@@ -15,6 +16,7 @@ from flows.preflight.models import base_models, check_models, check_pins
 from flows.preflight.needs import check_top_k, first_file, libraries, trainings
 from tasks.core.child_process import run_command
 from tasks.core.errors import BadConfig, StageError
+from tasks.core.plain_text import visible
 from tasks.core.settings import Settings
 from tasks.preflight import Check, PreflightConfig
 
@@ -86,5 +88,7 @@ def render(checks: list[Check], console: Console) -> None:
         table.add_column(column, overflow="fold")
     for check in checks:
         remedy = check.remedy if check.state != "ok" else ""
-        table.add_row(f"[{STYLES[check.state]}]{check.state}[/]", check.name, check.result, remedy)
+        table.add_row(
+            f"[{STYLES[check.state]}]{check.state}[/]", *map(Text, map(visible, (check.name, check.result, remedy)))
+        )
     console.print(table)

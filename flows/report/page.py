@@ -12,6 +12,7 @@ from flows.report.report_data import Evaluation, ReportData, differences
 from tasks.core.intervals import wilson
 from tasks.core.metrics import METRICS, Visibility, primary_metric, titles
 from tasks.core.metrics.measurements import PERPLEXITIES, SPEEDS
+from tasks.core.plain_text import visible
 
 GROUPS = ["base", "teacher", "direct", "student", "merged", "gguf"]
 """Stages of models, in the order of the charts' colours."""
@@ -22,7 +23,7 @@ CONSTRAINED = ("json_valid", "schema_valid", "exact_match")
 def render(name: str, summary: Mapping[str, Any], data: ReportData) -> str:
     """The page of the run `name` as HTML with nothing outside it."""
     template = (Path(__file__).parent / "page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_visible)
     environment.filters |= {"percent": percent, "points": points, "p_value": p_value}
     by_name = {evaluation.name: evaluation for evaluation in data.evaluations}
     facts = summary["evaluations"].values()
@@ -41,6 +42,11 @@ def render(name: str, summary: Mapping[str, Any], data: ReportData) -> str:
         differences=[pair for a, b in pairs if (pair := differences(data.evaluations, a, b))],
         provenance=_provenance(summary, data),
     )  # fmt: skip
+
+
+def _visible(value: Any) -> Any:
+    """Text without control characters; what is markup already stays."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def percent(value: float | None, digits: int = 1) -> str:

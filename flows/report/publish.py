@@ -1,6 +1,5 @@
 """Writes what a run ends with: `<home>/reports/<flow run>/` with the page, and the same in MLflow and Prefect."""
 
-import html
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from flows.report.terminal import cells
 from flows.stages import Stages
 from tasks.core.errors import StageError
 from tasks.core.metrics import Visibility, titles
+from tasks.core.plain_text import markdown
 from tasks.core.refs import DatasetRef, Ref, ReportRef
 
 STAGE_OF = {"teacher-base": "base", "student-base": "base", "teacher": "teacher", "direct": "direct",
@@ -93,7 +93,7 @@ def write_report(directory: Path, summary: dict[str, Any], data: ReportData) -> 
 
 
 def _write_predictions(evaluation: Evaluation, path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:  # half a pair stays JSON's escape
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions)
 
 
@@ -110,11 +110,11 @@ def _row(name: str, ref: ReportRef, kind: str) -> dict[str, Any]:
 
 
 def _markdown(summary: dict[str, Any], directory: Path) -> str:
-    head, *rows = ("| " + " | ".join(row) + " |" for row in cells(summary))
+    head, *rows = ("| " + " | ".join(map(markdown, row)) + " |" for row in cells(summary))
     lines = [head, "|---" * head.count(" | ") + "|---|", *rows]
     if summary["gate"]:
-        lines += ["", f"Gate {gate_word(summary['gate'])}: {html.escape(str(summary['gate']['said']))}"]
-    return "\n".join(lines) + f"\n\nThe page: `{html.escape(str(directory))}/index.html`"
+        lines += ["", f"Gate {gate_word(summary['gate'])}: {markdown(summary['gate']['said'])}"]
+    return "\n".join(lines) + f"\n\nThe page: {markdown(directory / 'index.html')}"
 
 
 def _point_latest(directory: Path) -> None:

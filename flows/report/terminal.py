@@ -8,9 +8,11 @@ from typing import Any
 from prefect.settings import get_current_settings
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flows.report.page import gate_word
 from tasks.core.metrics import Visibility, titles
+from tasks.core.plain_text import visible
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -18,13 +20,13 @@ def show(summary: dict[str, Any]) -> None:
     table = Table(title="Every model on the held-out rows")
     columns, *rows = cells(summary)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "format") else "right")
+        table.add_column(Text(column), justify="left" if column in ("model", "format") else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(visible(cell)) for cell in row))
     Console(width=max(Console().width, 110)).print(table)  # into a file or a narrow window it must not be cut
     if summary.get("gate"):
         word = gate_word(summary["gate"])
-        print(f"Gate:     {word.upper() if word == 'failed' else word}: {summary['gate']['said']}")
+        print(f"Gate:     {word.upper() if word == 'failed' else word}: {visible(str(summary['gate']['said']))}")
     executed = sum(not stage["cached"] for stage in summary["stages"])
     seconds = sum(stage["seconds"] for stage in summary["stages"])
     print(f"{executed} stages run, {len(summary['stages']) - executed} from the cache, {seconds:.0f} s")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.audit_words import agreement_verdict
+from tasks.core.plain_text import literal_text
+from tasks.core.plain_text import markdown as markdown_text
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -59,11 +61,21 @@ def table(rows: list[Row]) -> list[Row]:
 def markdown(rows: list[Row]) -> str:
     """The table as markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in table(rows))]) + "\n"
+    return (
+        "\n".join(
+            [*lines, *("| " + " | ".join(markdown_text(row[name]) for name in COLUMNS) + " |" for row in table(rows))]
+        )
+        + "\n"
+    )
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Plots mean KL in each dtype (left) and megabytes (right), a line a method, the best first."""
+    with literal_text():
+        _draw(rows, path)
+
+
+def _draw(rows: list[Row], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - flows import this module
     from matplotlib.figure import Figure  # noqa: PLC0415
 

@@ -36,6 +36,7 @@ from tasks.core.gpu_selection import restart_on_selected_gpu
 from tasks.core.job import Job
 from tasks.core.model_files import find_defect
 from tasks.core.parent_process import die_with_parent, name_process
+from tasks.core.plain_text import visible
 from tasks.core.provenance import provenance
 from tasks.core.refs import Fact, ModelDir
 
@@ -91,7 +92,7 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
             raise
         traceback.print_exc()
         if rank == 0 or not (work / "error.json").exists():  # of several processes, the first one's
-            _write_json(work / "error.json", {"code": failure.exit_code, "message": str(failure)})
+            _write_json(work / "error.json", {"code": failure.exit_code, "message": visible(str(failure))})
         sys.stderr.flush()
         if rank or "TORCHELASTIC_RUN_ID" in os.environ:  # the others may wait in a collective: no slow clean-up
             os._exit(failure.exit_code)
@@ -101,8 +102,9 @@ def command(stage: Callable[..., Report], argv: list[str] | None = None) -> None
 def _print_summary(report: Report, out: Path) -> None:
     """Prints warnings, output directory and facts to stderr: the result for a person who ran the command by hand."""
     for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print("; ".join([str(out), *(f"{name} {value}" for name, value in report.facts.items())]), file=sys.stderr)
+        print(f"warning: {visible(warning)}", file=sys.stderr)
+    facts = (f"{name} {value}" for name, value in report.facts.items())
+    print(visible("; ".join([str(out), *facts])), file=sys.stderr)
 
 
 def _parser(stage: Callable[..., Report], hints: dict[str, Any]) -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from tasks.core.errors import Preempted
+from tasks.core.plain_text import visible
 
 
 class Job:
@@ -53,13 +54,13 @@ class Job:
         self._emit("progress", done=completed, total=total, unit=unit, note=note)
         if self._bar:
             end = "\n" if completed >= total else ""
-            print(f"\r{completed:.0f}/{total:.0f} {unit} {note}\033[K", end=end, file=sys.stderr, flush=True)
+            print(f"\r{completed:.0f}/{total:.0f} {unit} {visible(note)}\033[K", end=end, file=sys.stderr, flush=True)
 
     def log(self, message: str, level: str = "info") -> None:
         """Reports a line for a person; `level` is `info` or `warning`."""
         self._emit("log", level=level, message=message)
         if self._bar:
-            print(message, file=sys.stderr, flush=True)
+            print(visible(message), file=sys.stderr, flush=True)
 
     def catch_sigterm(self) -> None:
         """Makes SIGTERM raise `Preempted`, at once or at the end of a `defer_stop` block."""

@@ -9,6 +9,8 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tasks.core.plain_text import visible
+
 ARTIFACT_SECONDS = 5.0
 LINE_SECONDS = 15.0
 
@@ -21,7 +23,8 @@ class ProgressView:
         self._artifact: UUID | None = None
         self._published = time.monotonic() - ARTIFACT_SECONDS + 1.0  # a stage of less than a second gets no artifact
         self._logged = time.monotonic()
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
+        description, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+        columns = description, BarColumn(), MofNCompleteColumn(), note
         self._bar = Progress(
             *columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
         )
@@ -37,13 +40,15 @@ class ProgressView:
     def event(self, event: dict[str, Any]) -> None:
         """Shows a `progress` or `log` event of `tasks.core.job.Job`."""
         if event["event"] == "log":
-            self._logger.log(30 if event["level"] == "warning" else 20, "%s: %s", self._stage, event["message"])
+            self._logger.log(
+                30 if event["level"] == "warning" else 20, "%s: %s", self._stage, visible(event["message"])
+            )
         elif event["event"] == "progress":
             self.progress(event["done"], event["total"], event["unit"], event["note"])
 
     def progress(self, completed: float, total: float, unit: str, note: str = "") -> None:
         """Shows progress, with the arguments of `Job.progress`; the store calls it too."""
-        total, note = max(total, 1e-9), f"{unit}  {note}"
+        total, note = max(total, 1e-9), visible(f"{unit}  {note}")
         self._bar.update(self._task, completed=completed, total=total, note=note)
         clock, last = time.monotonic(), completed >= total
         if clock - self._published > ARTIFACT_SECONDS or (last and self._artifact):

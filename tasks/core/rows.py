@@ -37,14 +37,27 @@ class Row(BaseModel):
         return self
 
     @property
+    def _answer_index(self) -> int:
+        return max(self.labels) if self.labels else len(self.messages) - 1
+
+    @property
     def prompt(self) -> list[dict[str, str]]:
-        """Every message but the last, as a chat template takes them."""
-        return [message.model_dump() for message in self.messages[:-1]]
+        """Every message before the answer, as a chat template takes them."""
+        return [message.model_dump() for message in self.messages[: self._answer_index]]
+
+    @property
+    def question(self) -> str:
+        """The content of the message before the answer."""
+        return self.messages[self._answer_index - 1].content
 
     @property
     def answer(self) -> str:
-        """The last message's content: the answer that a model should give."""
-        return self.messages[-1].content
+        """The content of the last message with labels: the answer that a model should give."""
+        return self.messages[self._answer_index].content
+
+    def up_to_answer(self) -> "Row":
+        """The row without messages behind the answer, which alone has labels."""
+        return self.model_copy(update={"messages": self.messages[: self._answer_index + 1], "labels": None})
 
 
 def read_rows(path: Path) -> Iterator[Row]:

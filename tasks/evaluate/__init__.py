@@ -10,8 +10,9 @@ from tasks.core.config import RUN_WIDE, StageConfig
 class EvaluateConfig(StageConfig):
     """How a model, or its GGUF file in llama.cpp, answers the held-out rows and is scored. Decoding is greedy."""
 
-    max_new_tokens: int = Field(default=160, ge=1)
-    """An answer that has not ended after so many tokens is cut there, and scored as it is."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """An answer that has not ended after so many tokens is cut there, marked, and scored as it is; by default a quarter
+    (16 tokens at least) more than the longest expected answer has."""
 
     batch_size: int = Field(default=64, ge=1)
     """Rows that are answered at the same time (in llama.cpp: parallel slots)."""

@@ -14,6 +14,8 @@ class GenerationRequest(NamedTuple):
     """Prompts as token ids, the ids that end an answer, and limits.
 
     `row_numbers` are the prompts' rows in the test file (from 0), for messages. `is_complete` ends an answer early.
+    `opening` is what the chat template itself writes before an answer (Qwen3: an empty think block); answers under a
+    schema start behind it.
     """
 
     row_numbers: list[int]
@@ -23,14 +25,23 @@ class GenerationRequest(NamedTuple):
     batch_size: int
     threads: int
     is_complete: CompletionCheck | None = None
+    opening: tuple[int, ...] = ()
+
+    def constrained(self) -> "GenerationRequest":
+        """The request for answers under a schema."""
+        return self._replace(prompts=[[*prompt, *self.opening] for prompt in self.prompts])
 
 
 class Generation(NamedTuple):
-    """Answers as ids without the end token; `tokens` counts all that were generated in `seconds`, end tokens too."""
+    """Answers as ids without the end token; `tokens` counts all that were generated in `seconds`, end tokens too.
+
+    `cut` are the answers that had not ended at `max_new_tokens`.
+    """
 
     answers: list[list[int]]
     tokens: int
     seconds: float
+    cut: Sequence[bool] = ()
 
 
 class Latency(NamedTuple):
@@ -82,6 +93,13 @@ def truncate(ids: list[int], request: GenerationRequest) -> list[int]:
     return ids
 
 
+def is_cut(ids: list[int], request: GenerationRequest) -> bool:
+    """Whether generated ids stop at `max_new_tokens` without an end token or a complete answer."""
+    if len(ids) < request.max_new_tokens or not request.end_ids.isdisjoint(ids):
+        return False
+    return request.is_complete is None or not request.is_complete(truncate(ids, request))
+
+
 def evenly_spaced(total: int, count: int) -> list[int]:
     """`count` indices out of `total`, evenly spread; all of them when there are fewer."""
     count = min(total, count)
@@ -91,7 +109,7 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 def check_lengths(request: GenerationRequest, context: int) -> None:
     """Raises BadData when a prompt and its answer would not fit into the model's context of `context` tokens."""
     longest, row = max(zip(map(len, request.prompts), request.row_numbers, strict=True))
-    if longest + request.max_new_tokens > context:
+    if longest + len(request.opening) + request.max_new_tokens > context:
         raise BadData(
             f"row {row} of the test file has {longest} prompt tokens; with max_new_tokens={request.max_new_tokens} "
             f"that is more than the model's context of {context}. Lower max_new_tokens or take the row out"

@@ -19,7 +19,7 @@ from tasks.engine.losses.chunked import cross_entropy
 from tasks.engine.models.lm_head import head_of, hidden_states, unwrap
 from tasks.engine.models.load import load_model
 from tasks.evaluate.constrained_decoding import SchemaGuide
-from tasks.evaluate.generation import Generation, GenerationRequest, Latency, Loss, Schema, Text, truncate
+from tasks.evaluate.generation import Generation, GenerationRequest, Latency, Loss, Schema, Text, is_cut, truncate
 from tasks.evaluate.greedy_decoding import NotFinite, decode, decode_single
 from tasks.evaluate.parameters import model_statistics
 
@@ -43,19 +43,21 @@ class HfEngine:
 
     def generate(self, indices: Sequence[int], schema: Schema | None = None) -> Generation:
         """Answers all prompts in `slots` slots that are refilled as rows end."""
-        guide = None
+        guide, request = None, self.request
         if schema is not None:
             width = self.model.config.get_text_config().vocab_size
-            guide = SchemaGuide(self.tokenizer, schema, self.request, width)
+            guide, request = SchemaGuide(self.tokenizer, schema, request, width), request.constrained()
         answers: dict[int, list[int]] = {}
+        cut: dict[int, bool] = {}
         tokens, start = 0, time.perf_counter()
         with self._finite():
-            for index, ids in decode(self.model, self.request, indices, self.slots, guide):
-                answers[index] = truncate(ids, self.request)
+            for index, ids in decode(self.model, request, indices, self.slots, guide):
+                answers[index], cut[index] = truncate(ids, request), is_cut(ids, request)
                 tokens += len(ids)
                 rate = tokens / (time.perf_counter() - start)
                 self.job.progress(len(answers), len(indices), "rows", f"{rate:.0f} tokens/s")
-        return Generation([answers[index] for index in indices], tokens, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Generation([answers[index] for index in indices], tokens, seconds, [cut[index] for index in indices])
 
     def time_single(self, index: int) -> Latency:
         """Answers one prompt in a batch of one."""
@@ -95,7 +97,7 @@ class HfEngine:
 def hf_engine(
     model_dir: ModelDir, tokenizer: PreTrainedTokenizerBase, request: GenerationRequest, load_in: str, job: Job
 ) -> Iterator[HfEngine]:
-    """The model, loaded `original`, in `int8` or in `nf4`; each out-of-memory error (`Job.memory_level`) halves the slots."""
+    """The model, loaded `original`, in `int8` or in `nf4`; each `Job.memory_level` halves the slots."""
     torch.set_num_threads(request.threads)
     if load_in == "int8":  # it logs the cast of every input
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

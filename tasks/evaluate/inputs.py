@@ -1,6 +1,7 @@
 """Inputs of an evaluation: held-out rows, their prompts, and the texts for the perplexity."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from tasks.core.errors import BadData
 from tasks.core.metrics.json_values import json_object
 from tasks.core.rows import Row, read_rows
-from tasks.engine.data.chat_template import prompt_ids, stop_token_ids
+from tasks.engine.data.chat_template import answer_opening, prompt_ids, stop_token_ids
+from tasks.engine.data.literal_tokens import encode_text
 from tasks.evaluate import EvaluateConfig
 from tasks.evaluate.generation import CompletionCheck, GenerationRequest, Text, check_lengths, evenly_spaced
 from tasks.evaluate.perplexity import expected_answers, windows
@@ -36,23 +38,38 @@ def generation_request(
     config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, rows: dict[int, Row]
 ) -> GenerationRequest:
     """The rows' prompts as token ids. Raises BadData when one would not fit into the model's context."""
+    context = model_config.get_text_config().max_position_embeddings
+    prompts = [prompt_ids(tokenizer, row.prompt) for row in rows.values()]
+    opening = answer_opening(tokenizer)
+    opening_ids = encode_text(tokenizer, [opening])[0] if opening else []
+    limit = config.max_new_tokens
+    if limit is None:
+        room = context - max(map(len, prompts)) - len(opening_ids)
+        limit = max(1, min(room, answer_tokens(tokenizer, [opening + row.answer for row in rows.values()])))
     request = GenerationRequest(
         row_numbers=list(rows),
-        prompts=[prompt_ids(tokenizer, row.prompt) for row in rows.values()],
+        prompts=prompts,
         end_ids=frozenset(stop_token_ids(tokenizer, model_config)),
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=limit,
         batch_size=config.batch_size,
         threads=config.threads or max(1, len(os.sched_getaffinity(0)) // 2),
-        is_complete=complete_json(tokenizer) if config.stop_at_json else None,
+        is_complete=complete_json(tokenizer, opening) if config.stop_at_json else None,
+        opening=tuple(opening_ids),
     )
-    check_lengths(request, model_config.get_text_config().max_position_embeddings)
+    check_lengths(request, context)
     return request
 
 
-def complete_json(tokenizer: PreTrainedTokenizerBase) -> CompletionCheck:
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> int:
+    """Tokens of the longest answer and its end of turn, and a margin of a quarter (16 at least)."""
+    longest = max(map(len, encode_text(tokenizer, answers))) + 1
+    return longest + max(16, longest // 4)
+
+
+def complete_json(tokenizer: PreTrainedTokenizerBase, opening: str = "") -> CompletionCheck:
     """Whether ids decode to a complete JSON object; decoded only where a token closes a brace."""
     closing = frozenset(index for token, index in tokenizer.get_vocab().items() if "}" in token)
-    return lambda ids: ids[-1] in closing and json_object(decode_answer(tokenizer, ids)) is not None
+    return lambda ids: ids[-1] in closing and json_object(decode_answer(tokenizer, ids, opening)) is not None
 
 
 def perplexity_texts(
@@ -68,11 +85,23 @@ def perplexity_texts(
     return texts
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """An answer's ids as text, without special tokens and outer white space."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], opening: str = "") -> str:
+    """An answer's ids as text, without special tokens, outer white space, and the template's own `opening`.
+
+    The opening is taken off with any white space in and behind it.
+    """
+    start = _opening_length(tokenizer, ids, opening) if opening else 0
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+
+
+def _opening_length(tokenizer: PreTrainedTokenizerBase, ids: list[int], opening: str) -> int:
+    """How many of the first ids are `opening`, whatever its white space; 0 where the answer starts otherwise."""
+    pattern = re.compile(r"\s*" + r"\s*".join(map(re.escape, opening.split())) + r"\s*")
+    lengths = range(1, min(len(ids), len(opening) + 8) + 1)
+    matching = [n for n in lengths if pattern.fullmatch(str(tokenizer.decode(ids[:n], skip_special_tokens=False)))]
+    return max(matching, default=0)
 
 
 def question(row: Row) -> str:
-    """The user's last message."""
-    return row.messages[-2].content
+    """The user's message before the answer."""
+    return row.question

@@ -14,7 +14,7 @@ from tasks.core.errors import BadData, GateFailed
 from tasks.core.job import Job
 from tasks.engine.runtimes.llama_logits import LlamaInput, llama_logits
 from tasks.engine.runtimes.llama_server import Server, llama_server
-from tasks.evaluate.generation import Generation, GenerationRequest, Latency, Loss, Schema, Text, truncate
+from tasks.evaluate.generation import Generation, GenerationRequest, Latency, Loss, Schema, Text, is_cut, truncate
 from tasks.evaluate.parameters import gguf_statistics
 
 ROUNDS = 4
@@ -31,6 +31,7 @@ class LlamaEngine:
     def generate(self, indices: Sequence[int], schema: Schema | None = None) -> Generation:
         """Answers all prompts, as many at a time as there are slots."""
         answers: list[list[int]] = []
+        cut: list[bool] = []
         tokens, start = 0, time.perf_counter()
         options = {"json_schema": schema} if schema is not None else {}
         for first in range(0, len(indices), ROUNDS * self.slots):
@@ -38,10 +39,11 @@ class LlamaEngine:
             for index, result in zip(group, self._complete(group, **options), strict=True):
                 self._assert_finite(index, result)
                 answers.append(truncate(result["tokens"], self.request))
+                cut.append(is_cut(result["tokens"], self.request))
                 tokens += int(result["tokens_predicted"])
             rate = tokens / (time.perf_counter() - start)
             self.job.progress(len(answers), len(indices), "rows", f"{rate:.0f} tokens/s")
-        return Generation(answers, tokens, time.perf_counter() - start)
+        return Generation(answers, tokens, time.perf_counter() - start, cut)
 
     def time_single(self, index: int) -> Latency:
         """Answers one prompt in one slot; the first token's time is by llama.cpp's own clock."""
@@ -71,7 +73,8 @@ class LlamaEngine:
 
         One candidate would do for the answer, but llama.cpp gives it probability 1 whatever its logit.
         """
-        prompts = [self.request.prompts[index] for index in indices]
+        request = self.request.constrained() if "json_schema" in options else self.request
+        prompts = [request.prompts[index] for index in indices]
         greedy = {"samplers": ["top_k", "temperature"], "top_k": 2, "temperature": 0}
         probabilities = {"n_probs": 1, "post_sampling_probs": True}
         fields = ["index", "tokens", "tokens_predicted", "timings", "completion_probabilities"]
@@ -104,6 +107,6 @@ def llama_engine(gguf: Path, request: GenerationRequest, job: Job) -> Iterator[L
     if not gguf.is_file():
         raise BadData(f"{gguf} is not there: give the output directory of the gguf stage")
     slots = max(1, min(request.batch_size >> job.memory_level, len(request.prompts)))
-    context = max(map(len, request.prompts)) + request.max_new_tokens
+    context = max(map(len, request.prompts)) + len(request.opening) + request.max_new_tokens
     with llama_server(gguf, job.work / "llama.log", context, slots, request.threads) as server:
         yield LlamaEngine(gguf, server, request, slots, job)

@@ -17,7 +17,8 @@ def write_outputs(
     out: Path, predictions: list[dict[str, Any]], scores: dict[str, Any], schema: Schema | None, mistakes: int
 ) -> None:
     """Writes everything but report.json; `mistakes` is how many wrong answers the page has."""
-    with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+    # Half of a surrogate pair is no UTF-8: it is written as JSON's own escape.
+    with (out / "predictions.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
     (out / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     if schema is not None:
@@ -40,16 +41,35 @@ def report(scores: dict[str, Any], measurements: Measurements, size: int, weight
     }
     timings = speeds(measurements)
     page_scores = {name: score_values[name] for name in titles(Visibility.PAGE) if name in score_values}
-    facts = {**page_scores, **perplexities, "format": weight_format, **timings, "bytes": size, "rows": scores["rows"]}
+    facts = {**page_scores, **perplexities, "format": weight_format, **timings, "bytes": size}
+    cut = sum(measurements.generation.cut)
+    facts |= {"cut_answers": cut, "rows": scores["rows"]}
     return Report(
         facts=facts,
-        metrics={**score_values, **perplexities, **constrained, **timings, "bytes": float(size)},
+        warnings=[cut_warning(cut, scores)] if cut else [],
+        metrics={
+            **score_values,
+            **perplexities,
+            **constrained,
+            **timings,
+            "bytes": float(size),
+            "cut_answers": float(cut),
+        },
         details={
             "generated_tokens": measurements.generation.tokens,
             "generation_seconds": round(measurements.generation.seconds, 3),
             "latencies_ms": [round(1000 * latency.total, 2) for latency in measurements.latencies],
             "first_token_ms": [round(1000 * latency.first_token, 2) for latency in measurements.latencies],
         },
+    )
+
+
+def cut_warning(cut: int, scores: dict[str, Any]) -> str:
+    """The sentence of an evaluation in which so many answers were cut."""
+    return (
+        f"{cut} of {scores['rows']} answers were cut at max_new_tokens={scores['max_new_tokens']}, scored as they "
+        "are: predictions.jsonl marks them (`cut`). Raise max_new_tokens where expected answers are longer; a model "
+        "that repeats itself never ends"
     )
 
 

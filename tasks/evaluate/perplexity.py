@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tasks.core.errors import BadData
 from tasks.core.rows import Row
 from tasks.engine.data.chat_template import IGNORE, encode, end_of_turn_id, prompt_ids
+from tasks.engine.data.literal_tokens import encode_text
 from tasks.evaluate.generation import Engine, Text
 
 WINDOW = 256
@@ -19,7 +20,7 @@ def expected_answers(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) ->
     """Each row with its expected answer and end of turn; only those count in the loss."""
     end, texts = end_of_turn_id(tokenizer), []
     for row in rows:
-        example = encode(tokenizer, row, end)
+        example = encode(tokenizer, row.up_to_answer(), end)
         start = next(i for i, label in enumerate(example.labels) if label != IGNORE)
         texts.append(Text(example.input_ids, start))
     return texts
@@ -34,7 +35,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, directory: Path, tokens: int) ->
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     prompt = prompt_ids(tokenizer, [{"role": "user", "content": "x"}])
     prefix = [token for token in prompt[:1] if token == tokenizer.bos_token_id]
-    ids = list(tokenizer(text[: 16 * tokens], add_special_tokens=False, verbose=False)["input_ids"])[:tokens]
+    ids = encode_text(tokenizer, [text[: 16 * tokens]])[0][:tokens]
     if len(ids) < 2:
         raise BadData(f"{directory} holds no text (*.txt): give general text, or set text_tokens=0")
     texts = [Text([*prefix, *ids[start : start + WINDOW]], 1) for start in range(0, len(ids), WINDOW)]

@@ -15,6 +15,7 @@ from tasks.core.job import Job
 from tasks.core.metrics import AnsweredRow, observe
 from tasks.core.refs import ModelDir
 from tasks.core.rows import Row
+from tasks.engine.data.chat_template import answer_opening
 from tasks.engine.data.tokenizers import load_tokenizer
 from tasks.engine.models.model_config import read_config
 from tasks.evaluate import EvaluateConfig
@@ -62,17 +63,20 @@ def evaluate(
         measurements = measure(engine, config, request, constraint, texts)
 
     validator = schema_validator(schema) if schema is not None else None
-    answers = [decode_answer(tokenizer, ids) for ids in measurements.generation.answers]
+    opening = answer_opening(tokenizer)
+    answers = [decode_answer(tokenizer, ids, opening) for ids in measurements.generation.answers]
     observations = _observations(list(rows.values()), answers, validator, user_metric)
     scores = score(observations, config.out_of_scope_intent)
+    cut = measurements.generation.cut
+    scores |= {"cut_answers": sum(cut), "max_new_tokens": request.max_new_tokens}
     scores |= {"perplexity": measurements.perplexity, "parameters": measurements.statistics}
     if measurements.constrained is not None:
         scores["constrained"] = _constrained_scores(config, rows, tokenizer, measurements, observations, validator)
     predictions = [
         {"row": number, "prompt": question(row), "expected": row.answer, "answer": answer, **observation,
-         "prompt_tokens": len(prompt)}
-        for (number, row), prompt, answer, observation in zip(
-            rows.items(), request.prompts, answers, observations, strict=True)
+         "prompt_tokens": len(prompt), "cut": is_cut}
+        for (number, row), prompt, answer, observation, is_cut in zip(
+            rows.items(), request.prompts, answers, observations, cut, strict=True)
     ]  # fmt: skip
     write_outputs(out, predictions, scores, schema, config.mistakes)
     dtype = str(model_config.dtype).removeprefix("torch.")
@@ -113,7 +117,8 @@ def _constrained_scores(
     """Scores of the rows answered under the schema (`held`), and of the same rows without it (`free`)."""
     assert measurements.constrained is not None
     sample = [list(rows.values())[index] for index in measurements.constrained_indices]
-    answers = [decode_answer(tokenizer, ids) for ids in measurements.constrained.answers]
+    opening = answer_opening(tokenizer)
+    answers = [decode_answer(tokenizer, ids, opening) for ids in measurements.constrained.answers]
     groups = {
         "held": _observations(sample, answers, validator, None),
         "free": [observations[index] for index in measurements.constrained_indices],

@@ -7,8 +7,10 @@ that every answer has are required, others optional, unknown ones not allowed.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
+from tasks.core.metrics.json_values import json_object
 from tasks.evaluate.generation import Schema
 
 Value = dict[str, Any]
@@ -20,11 +22,8 @@ def infer_schema(answers: Iterable[str]) -> Schema | None:
     """The schema of these answers; None when one of them is no JSON object, or there is none."""
     objects = []
     for answer in answers:
-        try:
-            value = json.loads(answer)
-        except ValueError:
-            return None
-        if not isinstance(value, dict):
+        value = json_object(answer)
+        if value is None:
             return None
         objects.append(value)
     if not objects:
@@ -53,10 +52,13 @@ def decoding_schema(schema: Schema, answers: Sequence[str]) -> Schema:
 
 
 def schema_validator(schema: Schema) -> SchemaCheck:
-    """A function that tells whether a value is valid under the schema."""
+    """A function that tells whether a value (of at most `MAX_DEPTH`) is valid under the schema."""
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - not for free text
+    from jsonschema.validators import extend  # noqa: PLC0415
 
-    validator = Draft202012Validator(schema)
+    standard = Draft202012Validator.TYPE_CHECKER
+    types = standard.redefine("integer", lambda _, value: _is_integral(value) or standard.is_type(value, "integer"))
+    validator = extend(Draft202012Validator, type_checker=types)(schema)
     return lambda value: bool(validator.is_valid(value))
 
 
@@ -84,12 +86,25 @@ def _any(values: Sequence[Any]) -> Schema:
     if lists:
         items = [item for value in lists for item in value]
         kinds.append({"type": "array", "items": _any(items)} if items else {"type": "array"})
-    names = sorted({NAMES[type(value)] for value in values if not isinstance(value, (dict, list))})
+    names = sorted({_type_name(value) for value in values if not isinstance(value, (dict, list))})
     if "number" in names and "integer" in names:
         names.remove("integer")
     kinds += [{"type": name} for name in names]
     return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
 
 
-def _compact(answer: str) -> str:
-    return json.dumps(json.loads(answer), separators=(",", ":"), ensure_ascii=False)
+def _type_name(value: Any) -> str:
+    return "integer" if _is_integral(value) else "number" if isinstance(value, Decimal) else NAMES[type(value)]
+
+
+def _is_integral(value: Any) -> bool:
+    """Whether a number that no int or float of Python's holds is an integer."""
+    return isinstance(value, Decimal) and int(value.as_tuple().exponent) >= 0
+
+
+def _compact(answer: str) -> str | None:
+    """The answer without blanks between its tokens; None for numbers that Python writes otherwise."""
+    try:
+        return json.dumps(json.loads(answer), separators=(",", ":"), ensure_ascii=False)
+    except ValueError:
+        return None

@@ -14,6 +14,7 @@ from tasks.core.command import Report, command
 from tasks.core.errors import BadData
 from tasks.core.job import Job
 from tasks.core.paired_comparison import Paired, compare_slices, read_predictions
+from tasks.core.plain_text import markdown
 from tasks.core.refs import ModelDir
 from tasks.gate import GateConfig
 from tasks.gate.rules import Evaluation, Rule, gguf_names, judge_rules, pick_check, rules_without_models, summary
@@ -89,12 +90,12 @@ def _word(rule: Rule) -> str:
 
 def _page(rules: list[Rule], unchecked: list[str], tables: dict[str, list[Paired]]) -> str:
     lines = ["# Gate", ""]
-    lines += [f"- **{_word(rule).lower()}**: {rule.sentence}" for rule in rules]
-    lines += [f"- not checked: {sentence}" for sentence in unchecked]
+    lines += [f"- **{_word(rule).lower()}**: {markdown(rule.sentence)}" for rule in rules]
+    lines += [f"- not checked: {markdown(sentence)}" for sentence in unchecked]
     for name, comparisons in tables.items():
         lines += [
             "",
-            f"## {name}",
+            f"## {markdown(name)}",
             "",
             "| slice | rows | before | after | difference | 95 % interval | p |",
             "|---" * 7 + "|",
@@ -106,7 +107,7 @@ def _page(rules: list[Rule], unchecked: list[str], tables: dict[str, list[Paired
 def _table_row(comparison: Paired) -> str:
     interval = f"{100 * comparison.low:+.1f} to {100 * comparison.high:+.1f}"
     cells = [
-        comparison.slice, f"{comparison.rows}", f"{comparison.a:.1%}", f"{comparison.b:.1%}",
+        markdown(comparison.slice), f"{comparison.rows}", f"{comparison.a:.1%}", f"{comparison.b:.1%}",
         f"{100 * comparison.difference:+.1f}", interval, f"{comparison.p:.2g}",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from tasks.gguf.staging import stage_for_converter, stored_type
 class Conversion:
     """A running child process (tasks.gguf.convert_child) that has read a model, and the model's layout."""
 
+    text_tokens: Sequence[int] = ()
+    """Ids of special tokens that are text in a text (`tasks.engine.data.literal_tokens`)."""
+
     def __init__(self, child: "subprocess.Popen[str]", model: str, stored: str, log: Path, job: Job) -> None:
         self._child, self._model, self._log, self._job = child, model, log, job
         self.layout = parse_layout(self._receive(), stored)
@@ -36,7 +39,7 @@ class Conversion:
         Raises BadConfig with the child's error.
         """
         start = time.monotonic()
-        self._send(write_request(plan, target))
+        self._send(write_request(plan, target) | {"text_tokens": list(self.text_tokens)})
         for _ in plan.tensors:
             message = self._receive()
             self._job.progress(message["done"], message["total"], "tensors", plan.kind)

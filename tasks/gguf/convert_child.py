@@ -2,7 +2,8 @@
 
 First line in: {"model": DIR, "name": ...} or {"source": GGUF}. First line out: the model's layout.
 Then for each file in: {"target": ..., "kind": ..., "types": {name: type}, "quantize": bool, "set": {key: text},
-"imatrix": FILE}; out: {"done": i, "total": n} after every tensor. An error is {"error": text}, and ends it.
+"imatrix": FILE, "text_tokens": [id]}; out: {"done": i, "total": n} after every tensor. An error is {"error": text}, and
+ends it.
 """
 
 import json
@@ -18,7 +19,16 @@ from tasks.core.errors import StageError
 from tasks.core.peak_memory import peak_resident
 from tasks.engine.runtimes.ggml import Bytes, init_quantizer, to_type
 from tasks.engine.runtimes.ggml_types import TYPES
-from tasks.gguf.header import Header, TensorInfo, pack_text, pack_uint32, padding, read_header, write_header
+from tasks.gguf.header import (
+    Header,
+    TensorInfo,
+    pack_text,
+    pack_uint32,
+    padding,
+    read_header,
+    with_text_tokens,
+    write_header,
+)
 from tasks.gguf.imatrix import Imatrix, read_imatrix
 from tasks.gguf.kinds import KINDS
 from tasks.gguf.roles import EMBEDDINGS, layer_order
@@ -69,6 +79,7 @@ def write(model: ConvertibleModel, request: dict[str, Any], send: Callable[..., 
         values = {key: value for key, value in values.items() if key not in moved} | moved
         values |= imatrix.values() if imatrix else {}
     values |= {key: pack_text(text) for key, text in request["set"].items()}
+    values = with_text_tokens(values, request.get("text_tokens", ()))
     infos = [TensorInfo(name, model.shapes[name], types[name]) for name in names]
     with Path(request["target"]).open("wb") as file, ThreadPoolExecutor(THREADS) as pool:
         file.write(write_header(values, infos))

@@ -4,6 +4,7 @@ Metadata values stay bytes: the 262 144 tokens of a vocabulary are copied, never
 """
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tasks.engine.runtimes.ggml_types import TYPES, tensor_bytes
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 UINT32, STRING, ARRAY = 4, 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+TOKEN_TYPES, UNUSED = "tokenizer.ggml.token_type", 5
 BY_ID = {type_.id: name for name, type_ in TYPES.items()}
 
 
@@ -133,6 +135,14 @@ def pack_text(text: str) -> bytes:
 def pack_uint32(number: int) -> bytes:
     """A uint32 as a stored value."""
     return struct.pack("<II", UINT32, number)
+
+
+def with_text_tokens(values: dict[str, bytes], ids: Sequence[int]) -> dict[str, bytes]:
+    """Metadata in which these tokens have the type UNUSED: llama.cpp then reads `<pad>` in a text as text."""
+    data = bytearray(values[TOKEN_TYPES]) if ids else bytearray()
+    for index in ids:
+        struct.pack_into("<i", data, 16 + 4 * index, UNUSED)
+    return values | {TOKEN_TYPES: bytes(data)} if ids else values
 
 
 def write_header(values: dict[str, bytes], tensors: list[TensorInfo]) -> bytes:

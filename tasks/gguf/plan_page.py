@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from tasks.core.plain_text import markdown as escape
 from tasks.gguf.conversion_plan import ConversionPlan
 from tasks.gguf.kinds import KINDS
 
@@ -32,6 +33,6 @@ def tensors_markdown(plan: ConversionPlan) -> str:
         numbers = "all" if len(layers) == max(map(len, groups.values())) > 1 else ", ".join(layers)
         bold = f"**{type_}**" if preferred != type_ else type_
         lines.append(
-            f"| {name} | {numbers} | {' x '.join(map(str, shape))} | {source} | {preferred} | {bold} | {size} |"
+            f"| {escape(name)} | {numbers} | {' x '.join(map(str, shape))} | {source} | {preferred} | {bold} | {size} |"
         )
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from tasks.core.errors import BadConfig, GateFailed
 from tasks.core.job import Job
 from tasks.core.refs import ModelDir
 from tasks.engine.compare.agreement import Agreement
+from tasks.engine.data.literal_tokens import text_token_ids
 from tasks.engine.models.family_registry import family_of
 from tasks.engine.models.model_config import read_config
 from tasks.engine.runtimes.ggml_types import FLOATS
@@ -50,6 +51,7 @@ def convert(
     texts = provenance_values(config, model.base, dataset) | {"general.name": config.name}
     proof = Proof(config, model.base, dataset, job)
     with open_conversion(model.base, config.name, job) as conversion:
+        conversion.text_tokens = text_token_ids(proof.tokenizer)
         plans = candidate_plans(config, conversion.layout, texts, imatrix, outliers)
         _write_plan(config, plans[0], conversion.layout, out / "report")
         plan, agreement = _first_that_passes(config, plans, conversion, proof, out / "model.gguf", job)

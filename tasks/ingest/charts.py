@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.core.plain_text import literal_text, single_line
 from tasks.ingest.profile import SPLITS, Profile
 from tasks.ingest.tokens import TokenLengths
 
@@ -12,10 +13,16 @@ if TYPE_CHECKING:
 COLORS = ("#33658a", "#86bbd8", "#f6ae2d")
 BINS = 40
 MAX_INTENTS = 40
+LABEL = 42  # characters of an intent's name
 
 
 def draw_charts(profile: Profile, characters: dict[str, dict[int, int]], report: Path) -> None:
     """Writes lengths.png, and intents.png where there are intents."""
+    with literal_text():
+        _draw(profile, characters, report)
+
+
+def _draw(profile: Profile, characters: dict[str, dict[int, int]], report: Path) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415  (a second that a stage which fails early should not cost)
 
     count = 2 + (profile.tokens is not None)
@@ -37,7 +44,7 @@ def draw_charts(profile: Profile, characters: dict[str, dict[int, int]], report:
         height = 1.2 + 0.3 * len(names)
         figure = Figure(figsize=(8, height))
         _intents(figure.subplots(), profile, names)
-        left = min(4.0, 0.6 + 0.08 * max(map(len, names)))
+        left = 0.6 + 0.08 * min(LABEL, max(map(len, names)))
         figure.subplots_adjust(left=left / 8, right=0.98, bottom=0.6 / height, top=1 - 0.4 / height)
         figure.savefig(report / "intents.png", dpi=110, metadata={"Software": None})
 
@@ -56,7 +63,8 @@ def _intents(axes: "Axes", profile: Profile, names: list[str]) -> None:
     left = [0] * len(names)
     for split, color in zip(SPLITS, COLORS, strict=True):
         counts = [profile.intents[split].get(name, 0) for name in names]
-        axes.barh(names, counts, left=left, label=split, color=color)
+        axes.barh(range(len(names)), counts, left=left, label=split, color=color)
         left = [a + b for a, b in zip(left, counts, strict=True)]
+    axes.set_yticks(range(len(names)), [single_line(name, LABEL) for name in names])
     axes.set(title="Rows of each intent", xlabel="rows", ylabel="intent")
     axes.legend()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tasks.core.plain_text import markdown
 from tasks.outliers.inheritance import growth_text
 from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
@@ -136,4 +137,4 @@ def table(rows: list[Numbers]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else markdown(value)

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from tasks.core.plain_text import literal_text
 from tasks.engine.models.tensor_names import layer_index, name_in_layer
 from tasks.outliers.peaks import FLOAT8_MAX, FLOAT16_MAX
 
@@ -20,11 +21,12 @@ Activations = dict[str, dict[str, Any]]
 
 def draw_all(models: Tensors, activations: Activations, directory: Path) -> None:
     """Every picture that the numbers allow, into `directory`."""
-    draw_norms(models, directory / "norms.png")
-    draw_gains(models, directory / "gains.png")
-    draw_tensors(models, directory / "tensors.png")
-    if activations:
-        draw_stream(activations, directory / "stream.png")
+    with literal_text():
+        draw_norms(models, directory / "norms.png")
+        draw_gains(models, directory / "gains.png")
+        draw_tensors(models, directory / "tensors.png")
+        if activations:
+            draw_stream(activations, directory / "stream.png")
 
 
 def draw_norms(models: Tensors, path: Path) -> None:

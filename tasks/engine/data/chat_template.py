@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tasks.core.errors import BadConfig
 from tasks.core.rows import Row
+from tasks.engine.data.literal_tokens import encode_text, special_tokens
 
 IGNORE = -100
 
@@ -29,6 +30,7 @@ class Example(NamedTuple):
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Ids of the messages and the opening of the assistant's turn, with exactly one BOS where the model has one."""
+    _refuse_turn_tokens(tokenizer, messages)
     return _ids(tokenizer, [_text(tokenizer, messages, generation=True)])[0]
 
 
@@ -40,6 +42,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, end: int | None = None)
     """
     end = end_of_turn_id(tokenizer) if end is None else end
     messages = [message.model_dump() for message in row.messages]
+    _refuse_turn_tokens(tokenizer, messages)
     last = len(messages) - 1
     conversation = _text(tokenizer, messages, generation=False)
     ids = _ids(tokenizer, [conversation])[0]
@@ -102,7 +105,7 @@ def _split_behind(
             "what generation never sees; use a chat template that opens the assistant's turn exactly as a finished "
             "turn is written, or learn_turns=last for one that rewrites earlier turns"
         )
-    answer = tokenizer(conversation[len(opening) :], add_special_tokens=False)["input_ids"]
+    [answer] = encode_text(tokenizer, [conversation[len(opening) :]])
     return [*start, *answer], len(start)
 
 
@@ -122,6 +125,19 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise BadConfig("the chat template writes no end of turn and the tokenizer has no EOS: set one of them")
     return int(cast(int, tokenizer.eos_token_id))
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text that the template writes between the opening of the assistant's turn and the answer; empty for most.
+
+    Qwen3's is an empty think block, which training teaches and a model therefore generates. White space alone counts
+    as none.
+    """
+    answer, messages = "answer", [{"role": "user", "content": "question"}]
+    opening = _text(tokenizer, messages, generation=True)
+    finished = _text(tokenizer, [*messages, {"role": "assistant", "content": answer}], generation=False)
+    text = finished.removeprefix(opening).rpartition(answer)[0] if finished.startswith(opening) else ""
+    return text if text.strip() else ""
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_or_config: Any) -> list[int]:
@@ -146,10 +162,21 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     bos = tokenizer.bos_token_id
     added = bos is not None and bos in tokenizer("")["input_ids"]
     encoded = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+    for ids in encode_text(tokenizer, texts):
         start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         encoded.append([bos] * (start > 0 or added) + ids[start:])
     return encoded
+
+
+def _refuse_turn_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> None:
+    """Raises ValueError for a message that holds a token of turns: llama.cpp cannot read it as text."""
+    tokens = special_tokens(tokenizer)
+    for number, message in enumerate(messages, start=1):
+        if token := tokens.turn_token(message["content"]):
+            raise ValueError(
+                f"message {number} holds the control token {token}, which the model's chat template writes and no text "
+                "may: take it out of the text"
+            )
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> Any:

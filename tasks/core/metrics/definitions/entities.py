@@ -16,12 +16,19 @@ def entity_counts(row: AnsweredRow) -> tuple[int, int, int] | None:
 
 
 def entity_pairs(value: dict[str, Any]) -> Counter[str]:
-    """`entities` as a bag of "key=value"; a list holds several values of its key. Values compare as JSON."""
+    """`entities` as a bag of "key=value"; a list holds several values of its key. Values compare as JSON.
+
+    A null says that there is none, so it is no entity.
+    """
     entities = value.get("entities")
     if isinstance(entities, dict):
         lists = {key: item if isinstance(item, list) else [item] for key, item in entities.items()}
-        return Counter(f"{key}={canonical_json(item)}" for key, items in lists.items() for item in items)
-    return Counter(canonical_json(item) for item in entities) if isinstance(entities, list) else Counter()
+        pairs = ((f"{key}=", item) for key, items in lists.items() for item in items)
+    elif isinstance(entities, list):
+        pairs = (("", item) for item in entities)
+    else:
+        return Counter()
+    return Counter(key + canonical_json(item) for key, item in pairs if item is not None)
 
 
 METRICS = [

@@ -1,14 +1,18 @@
-"""Exact match: equal as JSON where the expected answer is an object, else equal as text."""
+"""Exact match: equal as JSON where the expected answer is an object, a list or a number, else equal as text."""
 
-from tasks.core.metrics.json_values import canonical_json
+from tasks.core.metrics.json_values import comparable_json
 from tasks.core.metrics.metric import AnsweredRow, Metric, Visibility
 
 
 def exact_match(row: AnsweredRow) -> bool:
-    """Order of keys and spacing do not count in JSON, types do; text is compared without its outer white space."""
-    if row.expected_object is None:
+    """Order of keys, spacing and 1 or 1.0 do not count in JSON, order in lists and types do.
+
+    Text is compared without its outer white space.
+    """
+    expected = comparable_json(row.expected)
+    if expected is None:
         return row.expected.strip() == row.answer.strip()
-    return row.answer_object is not None and canonical_json(row.expected_object) == canonical_json(row.answer_object)
+    return expected == comparable_json(row.answer)
 
 
 METRICS = [

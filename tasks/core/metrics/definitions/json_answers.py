@@ -1,6 +1,12 @@
 """Metrics of an answer's form: valid JSON, valid after repair, valid under the schema of the training answers."""
 
+import re
+
+from tasks.core.metrics.json_values import MAX_DEPTH
 from tasks.core.metrics.metric import AnsweredRow, Metric, Visibility
+
+LONGEST_REPAIR = 100_000
+"""Characters of an answer that is given to `json_repair`, whose time grows faster than the text."""
 
 
 def json_valid(row: AnsweredRow) -> bool | None:
@@ -25,8 +31,22 @@ def schema_valid(row: AnsweredRow) -> bool | None:
 def _repairable(text: str) -> bool:
     import json_repair  # noqa: PLC0415  (flows import this module)
 
-    repaired = json_repair.loads(text) if "{" in text else None
+    if "{" not in text or len(text) > LONGEST_REPAIR or _open_brackets(text) > MAX_DEPTH:
+        return False
+    try:
+        repaired = json_repair.loads(text)
+    except (ValueError, RecursionError):
+        return False
     return isinstance(repaired, dict) and bool(repaired)
+
+
+def _open_brackets(text: str) -> int:
+    """The most brackets that are open at one place: `json_repair` takes minutes for thousands, then gives up."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        deepest = max(deepest, depth)
+    return deepest
 
 
 METRICS = [
