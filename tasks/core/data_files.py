@@ -1,6 +1,6 @@
 """Names of data files: the suffixes that ingest can read, plain or compressed."""
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
 

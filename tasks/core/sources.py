@@ -118,7 +118,7 @@ def _from_s3(source: str, directory: Path, log: Log) -> Iterator[tuple[str, Path
 
 
 def _from_hub(source: str, split: str, directory: Path, log: Log) -> Iterator[tuple[str, Path]]:
-    """Loads a hub dataset as Parquet in a child process: its split of that name alone where it has one, else all."""
+    """Fetches a hub dataset in a child process: its split of that name alone where it has one, else all."""
     parts = HUB.fullmatch(source)
     if parts is None:
         raise BadConfig(f"{source}: write hub:owner/name, hub:owner/name@revision or hub:owner/name:config")
@@ -133,4 +133,4 @@ def _from_hub(source: str, split: str, directory: Path, log: Log) -> Iterator[tu
     if process.returncode:
         messages = process.stderr.strip().splitlines() or [f"{' '.join(command)} exited with {process.returncode}"]
         raise BY_EXIT_CODE.get(process.returncode, StageError)(messages[-1])
-    yield from ((file.name, file) for file in sorted(directory.glob("*.parquet")))
+    yield from ((file.name, file) for file in sorted(directory.iterdir()) if file.is_file())

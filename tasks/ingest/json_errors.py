@@ -1,4 +1,4 @@
-"""Why a line is not JSON, in words that name the remedy; called only for lines that orjson refuses."""
+"""Why a line is not JSON, in words that name the remedy; called only for lines that cannot be parsed."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ def json_error_reason(line: bytes) -> str:
         return name
 
     try:
-        value = json.loads(text, parse_constant=record_constant)
+        value = json.loads(text, parse_constant=record_constant, parse_int=float)  # int() refuses 4300 digits
     except RecursionError:
         return "not JSON that can be read: nested too deeply"
     except json.JSONDecodeError as error:

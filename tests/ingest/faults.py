@@ -191,7 +191,7 @@ def _table(path: Path, random: Random) -> list[Fault]:
 def _array(path: Path, random: Random) -> list[Fault]:
     rows = [json.dumps(alpaca(random)) for _ in range(20)]
     path.write_text("[\n" + ",\n".join(rows) + ',\n{"instruction": "open gate", "output": }\n]')
-    return [Fault("JSON array: a broken element", path.name, 22, "nor is what follows in this array")]
+    return [Fault("JSON array: a broken element", path.name, 22, "not JSON: Expecting value")]
 
 
 def _lines(path: Path, rows: list[Any]) -> None:

@@ -121,9 +121,9 @@ def test_labels_of_conversations(go: Go) -> None:
     rows = [conversation(number) for number in range(60)]
     rows[1] = conversation(1, weight=0)
     rows[2] = {"messages": conversation(2)["messages"][:2]}
-    ran = go(rows, test_fraction=0.2)
+    ran = go(rows, test_fraction=0.2, allow_few_rows=True)
     labels = {row.messages[0].content: row.labels for row in ran.all()}
-    assert labels.pop("Q 1") == [1] and labels.pop("Q 2") is None
+    assert labels.pop("Q 1") is None and labels.pop("Q 2") is None
     assert set(map(str, labels.values())) == {"[1, 3]"}
     last_turns = go(rows, learn_turns="last")
     assert [line["reason"] for line in last_turns.quarantine()] == [
@@ -180,7 +180,7 @@ def test_rare_uneven_and_differently_spelt_intents_give_warnings(go: Go) -> None
         ("a.csv", b"\n", "has no header"),
         ("a.csv", b"question,question\na,b\n", "the header names 'question' twice"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfdnonsense", "damaged zstd file"),
-        ("a.json", b'{\n"question": "a",\n', "give one object a line (JSONL), or an array of objects"),
+        ("a.json", b'{\n"question": "a",\n', "was the file cut, or the row written on several lines"),
     ],
 )
 def test_more_unusable_files(go: Go, tmp_path: Path, name: str, data: bytes, message: str) -> None:

@@ -101,11 +101,12 @@ def test_a_hub_dataset_in_the_hubs_layouts(tmp_path: Path) -> None:
     put(copy / "README.md", f"---\n{card}---\n".encode())
     files = imported(tmp_path, train=f"hub:{copy}", validation=f"hub:{copy}:small", test=f"hub:{copy}")
     assert files == {
-        "test/test.parquet": "test",
-        "train/test.parquet": "test",
-        "train/train.parquet": "train",
-        "validation/train.parquet": "validation",
+        "test/test.jsonl": "test",
+        "train/test.jsonl": "test",
+        "train/train.jsonl": "train",
+        "validation/train.jsonl": "validation",
     }
+    assert (tmp_path / "imported/files/train/train.jsonl").read_bytes() == LINE * 3
 
 
 def test_a_hub_name_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
