@@ -25,6 +25,16 @@ class IngestConfig(StageConfig):
     learn_turns: Literal["all", "last"] = "all"
     """Which of a conversation's assistant messages are labels; one marked `weight: 0` (as OpenAI does) never is."""
 
+    ignore_fields: list[str] = []
+    """Fields of rows or messages that are not read although they can change what an answer means, as `rating` or
+    `reasoning_content` do: without this, rows that have them are quarantined."""
+
+    max_row_bytes: int = Field(default=16 << 20, ge=1 << 10)
+    """A row of more bytes is quarantined without being kept in memory."""
+
+    max_expansion: int = Field(default=200, ge=1)
+    """A compressed file of more than 256 MB may have this many times its size when it is decompressed."""
+
     test_fraction: float = Field(default=0.1, ge=0, le=0.5)
     """Share of rows held out for evaluation when no test file is given."""
 
@@ -46,6 +56,9 @@ class IngestConfig(StageConfig):
 
     near_threshold: Annotated[float, OnlyWith("near_duplicates", ("together", "drop"))] = Field(0.8, ge=0.6, le=1)
     """Questions count as almost equal from this Jaccard similarity of their 5-byte shingles on."""
+
+    group_by: str | None = None
+    """A field of the rows (`customer_id`, or a path: `metadata.customer`); rows with the same value go to one split."""
 
     schema_share: Annotated[float, OnlyWith("answers", ("auto", "json"))] = Field(default=0.98, gt=0.5, le=1)
     """What this share of the JSON answers has in common (a field, its type) is required of all of them."""

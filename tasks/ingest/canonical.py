@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import orjson
 from xxhash import xxh3_64_digest
 
+from tasks.ingest.comparison import Relations, comparable_json, context_hashes, question_hash, relations
+from tasks.ingest.exact_json import comparison_key, json_object
 from tasks.ingest.row_shapes import PairShape
 from tasks.ingest.turns import PLACEHOLDERS, SHORT, Turn, type_name
 
@@ -28,9 +30,10 @@ class AnswerKind(NamedTuple):
 TEXT = AnswerKind(None, None)
 
 
-CanonicalRow = tuple[bytes, bytes, bytes, AnswerKind, int, int]
-"""A row's canonical line; XXH3 hashes of its question (with the seed) and its answer; the answer's kind; characters of
-the messages before the answer, and of the answer. A plain tuple: one is made for every row."""
+CanonicalRow = tuple[bytes, bytes, bytes, AnswerKind, int, int, bytes, Relations]
+"""A row's canonical line; XXH3 hashes of its question (as it is compared, with the seed) and its answer; the answer's
+kind; characters of the messages before the answer, and of the answer; 32 bits of the hash of the question as it is
+written; the row's relations. A plain tuple: one is made for every row."""
 
 
 class AnswerKinds:
@@ -71,9 +74,10 @@ def canonical(turns: Sequence[Turn], salt: bytes, learn_all: bool) -> CanonicalR
     answer, kind, intent = _parse_answer(text, encoded)
     labels = _labels(turns, learn_all) if len(turns) > 3 or not turns[-1][2] else b""
     line = b'{"messages":[' + b"},".join(parts) + b'}],"intent":' + intent + labels + b"}\n"
-    question = salt + b"[" + b"], ".join(questions) + b"]]"
     prompt_chars = sum([len(turn[1]) for turn in turns]) - len(text)
-    return line, xxh3_64_digest(question), xxh3_64_digest(answer), kind, prompt_chars, len(text)
+    contexts = context_hashes([turn[:2] for turn in turns], salt)
+    written, related = xxh3_64_digest(b"".join(questions))[:4], relations(turns, contexts, salt)
+    return line, contexts[-1], xxh3_64_digest(answer), kind, prompt_chars, len(text), written, related
 
 
 def canonical_pair(row: Any, shape: PairShape, salt: bytes) -> CanonicalRow | None:
@@ -96,8 +100,9 @@ def canonical_pair(row: Any, shape: PairShape, salt: bytes) -> CanonicalRow | No
     question = encoded if len(stripped) == len(prompt) else orjson.dumps(stripped)
     answer, kind, intent = _parse_answer(text, encoded_answer)
     line = PAIR_LINE % (encoded, encoded_answer, intent)
-    question_hash = xxh3_64_digest(b'%b[["user", %b]]' % (salt, question))
-    return line, question_hash, xxh3_64_digest(answer), kind, len(prompt), len(text)
+    compared = comparable_json(question)
+    written = xxh3_64_digest(HASH_OPENING["user"] + question)[:4]
+    return line, question_hash(compared, salt), xxh3_64_digest(answer), kind, len(prompt), len(text), written, ()
 
 
 def _is_suspect(text: str) -> bool:
@@ -113,7 +118,7 @@ def _parse_answer(text: str, encoded: bytes) -> tuple[bytes, AnswerKind, bytes]:
     intent = parsed.get("intent")
     intent = intent if isinstance(intent, str) and intent else None
     kind = AnswerKind(intent, signature(parsed))
-    return orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS), kind, orjson.dumps(intent)
+    return comparison_key(parsed), kind, orjson.dumps(intent)
 
 
 def _labels(turns: Sequence[Turn], learn_all: bool) -> bytes:
@@ -124,17 +129,6 @@ def _labels(turns: Sequence[Turn], learn_all: bool) -> bytes:
     if not labels:
         raise ValueError("no message is to be learnt: the assistant's have weight 0")
     return b"" if labels == [last] else b',"labels":' + orjson.dumps(labels)
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    """`text` as a JSON object, None when it is not one."""
-    if text[0] != "{" and not text.lstrip().startswith("{"):
-        return None
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def signature(value: dict[str, Any], depth: int = DEPTH) -> Signature:

@@ -14,6 +14,8 @@ import orjson
 import rensa
 from numpy.typing import NDArray
 
+from tasks.ingest.comparison import comparable
+
 PERMUTATIONS = 64
 BANDS, BAND_ROWS = 12, 5  # a pair of similarity 0.8 shares a band with probability 0.99, one of 0.5 with 0.32
 BATCH = 10_000
@@ -44,10 +46,10 @@ def near_groups(lines: Iterable[bytes], count: int, threshold: float, work: Path
 
 
 def question_text(line: bytes) -> bytes:
-    """The text that is compared: messages before the answer but the system's, in lower case, white space as one."""
+    """The text that is compared: messages before the answer but the system's, as rows are compared."""
     messages = orjson.loads(line)["messages"]
     text = "\n".join(message["content"] for message in messages[:-1] if message["role"] != "system")
-    return b" ".join(text.lower().encode().split())
+    return comparable(text).encode()
 
 
 def _write_signatures(lines: Iterator[bytes], bands: list[Path], signatures: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tasks.core.plain_text import markdown, visible
 from tasks.ingest.charts import draw_charts
 from tasks.ingest.profile import QUANTILES, SPLITS, Profile
 
@@ -20,6 +21,9 @@ td:nth-child(5):last-child { min-width: 14rem; }
 img { max-width: 100%; background: #fff; border-radius: .5rem; margin: .5rem 0; }
 li { margin: .25rem 0; }
 """
+
+
+MAX_FIELDS = 50  # of those that are not read; profile.json has all
 
 
 class Section(NamedTuple):
@@ -48,10 +52,21 @@ def write_profile(profile: Profile, characters: dict[str, dict[int, int]], out: 
 def _sections(profile: Profile, warnings: list[str]) -> Iterator[Section]:
     files = ", ".join(f"{name} ({shape})" for name, shape in list(profile.shapes.items())[:20])
     remainder = f" and {len(profile.shapes) - 20} more" if len(profile.shapes) > 20 else ""
-    rows = [("split", "rows"), *((split, profile.rows[split]) for split in (*SPLITS, "calibration"))]
+    rows: list[tuple[object, ...]] = [("split", "rows")]
+    rows += [(split, profile.rows[split]) for split in (*SPLITS, "calibration")]
+    if profile.preference_rows:
+        rows.append(("preference", profile.preference_rows))
     yield Section("Rows", [f"Answers: {profile.answers}. Files: {files}{remainder}."], rows)
     if warnings:
         yield Section("Advice", warnings)
+    proof = profile.leak_proof
+    answers = [(split, count, proof.learnt[split], proof.asked[split]) for split, count in proof.answers.items()]
+    yield Section("Leak proof", [proof.sentence()], [("held out", "answers", "learnt", "context learnt"), *answers])
+    if profile.unread:
+        fields = sorted(profile.unread.items(), key=lambda item: -item[1].rows)[:MAX_FIELDS]
+        shares = {name: f"{profile.unread_share(name):.1%}" for name in profile.unread}
+        unread = [(name or repr(name), f.rows, shares[name], f.example, f.first) for name, f in fields]
+        yield Section("Fields that are not read", table=[("field", "rows", "share", "example", "first"), *unread])
     if profile.reasons:
         reasons = sorted(profile.reasons.items(), key=lambda item: -item[1])
         lines = [(reason, count, profile.first_rows[reason]) for reason, count in reasons]
@@ -89,9 +104,9 @@ def _markdown(sections: list[Section]) -> str:
     lines = ["# Dataset profile"]
     for section in sections:
         lines += ["", f"## {section.title}", ""]
-        lines += [f"- {sentence}" for sentence in section.sentences]
+        lines += [f"- {markdown(sentence)}" for sentence in section.sentences]
         if section.table:
-            head, *rows = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in section.table)
+            head, *rows = ([markdown(cell) for cell in row] for row in section.table)
             lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(r)} |" for r in rows)]
     return "\n".join([*lines, ""])
 
@@ -101,10 +116,10 @@ def _html(sections: list[Section], report: Path) -> str:
     for section in sections:
         parts.append(f"<h2>{section.title}</h2>")
         if section.sentences:
-            items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in section.sentences)
+            items = "".join(f"<li>{html.escape(visible(sentence))}</li>" for sentence in section.sentences)
             parts.append(f"<ul>{items}</ul>")
         if section.table:
-            head, *rows = ([html.escape(str(cell)) for cell in row] for row in section.table)
+            head, *rows = ([html.escape(visible(str(cell))) for cell in row] for row in section.table)
             body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
             parts.append(f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>{body}</table>")
         if section.chart:

@@ -8,6 +8,8 @@ import orjson
 import polars as pl
 
 from tasks.ingest.canonical import AnswerKinds
+from tasks.ingest.leak_proof import LeakProof
+from tasks.ingest.row_fields import UnreadField
 from tasks.ingest.tokens import TokenLengths
 
 SPLITS = ("train", "validation", "test")
@@ -15,17 +17,32 @@ QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 REASON_STARTS = (
     "not UTF-8", "not JSON but a Python dict", "not JSON: the row ends too early", "not JSON: more behind its end",
     "not JSON", "not CSV", "duplicate", "almost a duplicate", "the same question is held out",
+    "the same question, but for case, white space, Unicode form or invisible characters, is held out",
+    "a conversation that this one begins, or goes on from, is held out", "its group (group_by) is held out",
     "almost the same question is held out", "the same question has another answer", "the answer lacks",
 )  # fmt: skip
 
 
+class SplitNotes(NamedTuple):
+    """What to know about the splits: `system_twins` counts held-out rows that differ from one of train in the system
+    message alone (`example` names the first pair); `common_openings` are first questions of many conversations."""
+
+    system_twins: int
+    example: str
+    common_openings: list[str]
+
+
 class Profile(NamedTuple):
     """Counts of a dataset: `rows` and `intents` by split, `faults` by name, `reasons` by their common beginning, and
-    `first_rows` by reason; `conflicts` counts rows whose question has another answer in their split."""
+    `first_rows` by reason; `unread` has the fields of the `readable_rows` that are not read;
+    `conflicts` counts rows whose question has another answer in their split."""
 
     answers: str
     shapes: dict[str, str]
     rows: dict[str, int]
+    preference_rows: int
+    unread: dict[str, UnreadField]
+    readable_rows: int
     intents: dict[str, dict[str, int]]
     entities: dict[str, dict[str, int]]
     schema: dict[str, Any] | None
@@ -36,11 +53,17 @@ class Profile(NamedTuple):
     near_duplicates: dict[str, int] | None
     characters: dict[str, dict[str, int]]
     tokens: TokenLengths | None
+    leak_proof: LeakProof
+    split_notes: SplitNotes
 
     @property
     def quarantined(self) -> int:
         """Lines of quarantine.jsonl."""
         return sum(self.reasons.values())
+
+    def unread_share(self, name: str) -> float:
+        """The share of rows that have a field which is not read."""
+        return self.unread[name].rows / max(1, self.readable_rows)
 
     def top_reasons(self) -> str:
         """The most frequent reasons in a sentence, each with the first row that has it; empty when there is none."""
@@ -54,12 +77,19 @@ class Profile(NamedTuple):
             "answers": self.answers,
             "shapes": self.shapes,
             "rows": self.rows,
+            "preference_rows": self.preference_rows,
+            "unread_fields": {
+                name: field._asdict() | {"share": round(self.unread_share(name), 4)}
+                for name, field in sorted(self.unread.items(), key=lambda item: -item[1].rows)
+            },
             "intents": self.intents,
             "entities": self.entities,
             "schema": self.schema,
             "quarantine": dict(sorted(self.reasons.items(), key=lambda item: -item[1])),
             "conflicts_kept": self.conflicts,
             "near_duplicates": self.near_duplicates,
+            "leak_proof": self.leak_proof._asdict(),
+            "split_notes": self.split_notes._asdict(),
             "prompt_characters": self.characters["prompt"],
             "answer_characters": self.characters["answer"],
             "tokens": self.tokens._asdict() if self.tokens else None,

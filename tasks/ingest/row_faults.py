@@ -9,6 +9,7 @@ from tasks.ingest import IngestConfig
 from tasks.ingest.canonical import AnswerKinds
 from tasks.ingest.first_pass import ParsedRows
 from tasks.ingest.schema import Schema, infer
+from tasks.ingest.split_groups import contexts_of
 from tasks.ingest.splits import draw_splits
 
 JSON_SHARE = 0.5
@@ -55,22 +56,31 @@ NO_OTHER_ROW = pl.lit(None, pl.UInt32)
 
 
 def assign_splits(
-    config: IngestConfig, rows: pl.DataFrame, file_splits: Mapping[int, str], intents: Mapping[int, int], is_json: bool
+    config: IngestConfig,
+    rows: pl.DataFrame,
+    relations: pl.DataFrame,
+    file_splits: Mapping[int, str],
+    intents: Mapping[int, int],
+    is_json: bool,
 ) -> tuple[pl.DataFrame, Faults]:
     """`rows` with their `split`, and the faults that comparing rows shows: leaks, duplicates, conflicts.
 
-    `rows` have no other fault, and a `group`: a hash that equal (or almost equal) questions share. `file_splits` are
-    the splits by the files' names, `intents` the number of a kind's intent.
+    `rows` have no other fault, and a `group` by which splits are drawn; with near duplicates also `near`, a hash that
+    almost equal questions share. `file_splits` are the splits by the files' names, `intents` the number of a kind's
+    intent.
     """
     rows = draw_splits(config, rows, file_splits, intents)
-    leaks = _leaks(rows)
+    shared = [_leaks(rows, "question", "leak"), _conversation_leaks(rows, contexts_of(relations))]
+    shared += [_leaks(rows, "near", "leak")] if "near" in rows.columns else []
+    shared += [_leaks(rows, "group", "group_leak")] if config.group_by else []
+    leaks = pl.concat(shared).unique("row", keep="first", maintain_order=True)
     remaining = rows.join(leaks, on="row", how="anti", maintain_order="left")
     faults = [leaks]
     if config.drop_duplicates:
         faults.append(_duplicates(remaining, "question", "duplicate"))
         remaining = remaining.join(faults[-1], on="row", how="anti", maintain_order="left")
     if config.near_duplicates == "drop":
-        faults.append(_duplicates(remaining, "group", "near_duplicate"))
+        faults.append(_duplicates(remaining, "near", "near_duplicate"))
         remaining = remaining.join(faults[-1], on="row", how="anti", maintain_order="left")
     if is_json:
         faults.append(_conflicts(remaining))
@@ -78,9 +88,10 @@ def assign_splits(
 
 
 def count_conflicts(rows: pl.DataFrame, key: str) -> int:
-    """Number of rows whose `key` (question or group) has different answers in their split."""
-    rows_of_key = repeated(rows, key).select(key, "split", "answer")
-    return rows_of_key.filter(pl.col("answer").n_unique().over(key, "split") > 1).height
+    """Number of rows whose `key` (question, as it is written, or near) has different answers in their split."""
+    keys = ["split", key, *(["written"] if key == "question" else [])]
+    rows_of_key = repeated(rows, key).select(*keys, "answer")
+    return rows_of_key.filter(pl.col("answer").n_unique().over(keys) > 1).height
 
 
 def repeated(rows: pl.DataFrame, key: str) -> pl.DataFrame:
@@ -88,15 +99,33 @@ def repeated(rows: pl.DataFrame, key: str) -> pl.DataFrame:
     return rows.filter(pl.col(key).is_duplicated())
 
 
-def _leaks(rows: pl.DataFrame) -> Faults:
-    """Rows of train or validation whose question is in validation or test, too, where it stays."""
-    order = {"train": 0, "validation": 1, "test": 2}
-    rank = pl.col("split").replace_strict(order, return_dtype=pl.Int8)
-    ranked = repeated(rows, "group").select("row", "group", rank.alias("rank"))
-    top = pl.col("rank").max().over("group")
-    first = pl.col("row").sort_by("rank", descending=True, maintain_order=True).first().over("group")
+RANK = pl.col("split").replace_strict({"train": 0, "validation": 1, "test": 2}, return_dtype=pl.Int8).alias("rank")
+
+
+def _leaks(rows: pl.DataFrame, key: str, fault: str) -> Faults:
+    """Rows of train or validation whose `key` is in validation or test, too, where it stays."""
+    ranked = repeated(rows, key).select("row", key, RANK)
+    top = pl.col("rank").max().over(key)
+    first = pl.col("row").sort_by("rank", descending=True, maintain_order=True).first().over(key)
     leaks = ranked.with_columns(other=first, top=top).filter(pl.col("rank") < pl.col("top"))
-    return leaks.select("row", fault=pl.lit("leak"), other="other")
+    return leaks.select("row", fault=pl.lit(fault), other="other")
+
+
+def _conversation_leaks(rows: pl.DataFrame, contexts: pl.DataFrame) -> Faults:
+    """Rows of train or validation that begin a conversation of validation or test, or that go on from one."""
+    if contexts.is_empty():
+        return rows.clear().select("row", fault=pl.lit("conversation_leak"), other=NO_OTHER_ROW)
+    inner = contexts.join(rows.select("row", RANK), on="row").select("row", "hash", "rank")
+    whole = rows.select("row", RANK, hash="question").filter(pl.col("hash").is_in(inner["hash"].unique().implode()))
+    inner = inner.filter(pl.col("hash").is_in(whole["hash"].unique().implode()))
+    leaks = []
+    for side, others in ((inner, whole), (whole, inner)):
+        highest = others.sort("rank", "row", descending=[True, False]).unique("hash", keep="first", maintain_order=True)
+        pairs = side.join(highest.select("hash", other="row", top="rank"), on="hash")
+        pairs = pairs.filter(pl.col("rank") < pl.col("top")).sort("top", descending=True)
+        leaks.append(pairs.select("row", "other"))
+    rows_and_others = pl.concat(leaks).unique("row", keep="first", maintain_order=True)
+    return rows_and_others.select("row", fault=pl.lit("conversation_leak"), other="other")
 
 
 def _duplicates(rows: pl.DataFrame, key: str, fault: str) -> Faults:
@@ -105,8 +134,8 @@ def _duplicates(rows: pl.DataFrame, key: str, fault: str) -> Faults:
 
 
 def _conflicts(rows: pl.DataFrame) -> Faults:
-    """Rows whose question has two different answers in the split; `other` is one that is answered otherwise."""
-    key = ["split", "question"]
+    """Rows whose question, as it is written, has two different answers in the split; `other` is one of the other."""
+    key = ["split", "question", "written"]
     rows_of_key = repeated(rows, "question").filter(pl.col("answer").n_unique().over(key) > 1)
     first, first_answer = pl.col("row").first().over(key), pl.col("answer").first().over(key)
     other_row = pl.col("row").filter(pl.col("answer") != pl.col("answer").first()).first().over(key)

@@ -1,12 +1,20 @@
 """Turns of a chat from a row of any shape. A row that does not fit raises ValueError with what is wrong."""
 
-import json
 import re
+from collections.abc import Collection
 from typing import Any
 
-import orjson
-
-from tasks.ingest.row_shapes import SHAPES, PairShape, missing_field
+from tasks.ingest.exact_json import Number, dump, load
+from tasks.ingest.read_fields import (
+    CONTENT_FIELDS,
+    RowFields,
+    parsed_cell,
+    read_fields,
+    read_message_fields,
+    read_part_fields,
+    refuse_unclear_nulls,
+)
+from tasks.ingest.row_shapes import SHAPES, ChatShape, PairShape, missing_field
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "bot": "assistant", "chatgpt": "assistant", "system": "system"}  # fmt: skip
@@ -18,6 +26,7 @@ CONTROL = re.compile(
     r"<(?:start_of_turn|end_of_turn|bos|eos|\|im_start\||\|im_end\||\|eot_id\||\|begin_of_text\||\|endoftext\|"
     r"|\|start_header_id\||\|end_header_id\|)>"
 )
+BEHIND_LAST_LABEL = "messages[] behind the last answer that is learnt"
 CONTROL_BYTES = re.compile(CONTROL.pattern.encode())
 
 
@@ -25,16 +34,31 @@ Turn = tuple[str, str, bool]
 """A message: its role (`system`, `user` or `assistant`), its text, and whether it may be a label."""
 
 
-def to_turns(row: Any, shape: str, system_prompt: str | None = None) -> list[Turn]:
+def to_turns(
+    row: Any,
+    shape: str,
+    system_prompt: str | None = None,
+    ignored: Collection[str] = (),
+    unread: dict[str, Any] | None = None,
+) -> list[Turn]:
     """A row's turns: an optional system one, then user and assistant in turn, the assistant last.
 
-    Raises ValueError with what is missing, empty, not a string or out of order.
+    Puts fields that are not read into `unread`, with their values. Raises ValueError with what is missing, empty, not
+    a string or out of order, and for fields that change what an answer means, unless they are `ignored`.
     """
     if not isinstance(row, dict):
         raise ValueError(f"not a JSON object but {type_name(row)}")
     layout = SHAPES[shape]
     try:
-        turns = _of_pair(row, layout) if isinstance(layout, PairShape) else _of_messages(row, layout.messages)
+        if any(name not in row for name in layout.fields):
+            raise KeyError(next(name for name in layout.fields if name not in row))
+        fields = read_fields(row, layout.names, ignored, {} if unread is None else unread)
+        if isinstance(layout, PairShape):
+            turns = _of_pair(row, layout, fields)
+        elif isinstance(layout, ChatShape):
+            turns = _of_messages(row[layout.messages], fields)
+        else:
+            raise ValueError("a preference row: it has no answer of its own")
     except KeyError as error:
         raise ValueError(missing_field(row, str(error.args[0]), shape)) from error
     if system_prompt and turns[0][0] != "system":
@@ -42,50 +66,125 @@ def to_turns(row: Any, shape: str, system_prompt: str | None = None) -> list[Tur
     return turns
 
 
-def _in_order(conversation: list[Turn]) -> list[Turn]:
+def in_order(conversation: list[Turn]) -> list[Turn]:
     """The conversation itself. Raises ValueError where roles do not alternate, or no answer ends it."""
     turns = conversation[1:] if conversation[0][0] == "system" else conversation
+    first = 1 + len(conversation) - len(turns)
     for number, (role, _, _) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            raise ValueError(f"roles out of order: message {number + 1} is {role}'s, not {expected}'s")
+            raise ValueError(f"roles out of order: message {first + number} is {role}'s, not {expected}'s")
     if len(turns) < 2 or len(turns) % 2:
         raise ValueError("roles out of order: the last message is not the assistant's, so there is nothing to learn")
     return conversation
 
 
-def _of_pair(row: dict[str, Any], shape: PairShape) -> list[Turn]:
+def _of_pair(row: dict[str, Any], shape: PairShape, fields: RowFields) -> list[Turn]:
     question, answer = row[shape.question], row[shape.answer]
-    if isinstance(question, list) and isinstance(answer, list):
-        return _in_order(_turns(question + answer))  # TRL's conversational prompt and completion
-    prompt = _text(question, shape.question)
+    if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational prompt and completion
+        return _of_messages(question + answer, fields)
+    turns = [*history_turns(fields), ("user", question_text(row, shape, fields), False)]
+    turns.append(("assistant", _answer(one_answer(answer, shape.answer), shape.answer), True))
+    return with_system(turns, fields)
+
+
+def question_text(row: dict[str, Any], shape: PairShape, fields: RowFields) -> str:
+    """The question of a pair, and below it what belongs to it (`input`, `context`)."""
+    texts = [_text(row[shape.question], shape.question)]
     if shape.context and (context := row.get(shape.context)):
-        prompt = f"{prompt}\n\n{_text(context, shape.context)}"
-    turns = [("user", prompt, False), ("assistant", _answer(answer, shape.answer), True)]
-    if system := row.get("system"):
-        turns.insert(0, ("system", _text(system, "system"), False))
+        texts.append(_text(context, shape.context))
+    texts += [_text(value, name) for name, value in fields.context.items()]
+    return "\n\n".join(texts)
+
+
+def _of_messages(messages: Any, fields: RowFields) -> list[Turn]:
+    return in_order(chat_turns(messages, fields))
+
+
+def chat_turns(messages: Any, fields: RowFields) -> list[Turn]:
+    """The messages' turns with the row's own system message. Raises ValueError for a context or a history beside."""
+    for name in (*fields.context, *fields.history):
+        raise ValueError(f"field {name!r} stands beside messages: write it into them, or name it in ignore_fields")
+    return with_system(to_messages(messages, fields), fields)
+
+
+def with_system(turns: list[Turn], fields: RowFields) -> list[Turn]:
+    """The turns with the row's own system message in front. Raises ValueError where there are two different ones."""
+    for name, value in fields.system.items():
+        text = _text(_plain_parts(value), name)
+        if turns[0][0] != "system":
+            turns.insert(0, ("system", text, False))
+        elif turns[0][1] != text:
+            raise ValueError(f"two system messages: field {name!r} says another one than the row has; keep one of them")
     return turns
 
 
-def _of_messages(row: dict[str, Any], field: str) -> list[Turn]:
-    turns = _turns(row[field])
-    if row.get("system") and turns[0][0] != "system":
-        turns.insert(0, ("system", _text(row["system"], "system"), False))
-    return _in_order(turns)
+def _plain_parts(value: Any) -> Any:
+    """The text of parts, as Bedrock ([{"text": ...}]) and Vertex AI ({"parts": [{"text": ...}]}) write it."""
+    parts = value.get("parts") if isinstance(value, dict) else value
+    if isinstance(parts, list) and parts and all(isinstance(part, dict) and set(part) == {"text"} for part in parts):
+        return "".join(map(str, (part["text"] for part in parts)))
+    return value
 
 
-def _turns(messages: Any) -> list[Turn]:
+def up_to_last_label(turns: list[Turn], unread: dict[str, Any]) -> list[Turn]:
+    """The turns without those behind the last that may be a label: nothing of them is learnt, asked or scored."""
+    end = max((i for i, turn in enumerate(turns, start=1) if turn[2] and turn[0] == "assistant"), default=len(turns))
+    if end < len(turns):
+        unread[BEHIND_LAST_LABEL] = turns[end][1]
+    return turns[:end]
+
+
+def history_turns(fields: RowFields) -> list[Turn]:
+    """Turns before the question: [question, answer] pairs (LLaMA-Factory, ms-swift), or messages."""
+    turns: list[Turn] = []
+    for name, value in fields.history.items():
+        pairs = parsed_cell(value)
+        if not isinstance(pairs, list):
+            raise ValueError(f"field {name!r} is not a list of [question, answer] but {type_name(value)}")
+        if all(isinstance(pair, dict) for pair in pairs):
+            return in_order(to_messages(pairs, fields))
+        for number, pair in enumerate(pairs, start=1):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise ValueError(f"field {name!r}: turn {number} is not a list of a question and an answer")
+            turns.append(("user", _text(pair[0], name, f", turn {number}"), False))
+            turns.append(("assistant", _answer(pair[1], name, f", turn {number}"), True))
+    return turns
+
+
+def one_answer(value: Any, field: str) -> Any:
+    """The only answer of a SQuAD row ({"text": [...]}) or of Argilla's annotators ([{"value": ...}]); else `value`.
+
+    Raises ValueError where there are several different ones, or none.
+    """
+    answers: list[Any] | None = None
+    if field == "answers":
+        answers = value.get("text") if isinstance(value, dict) else value
+    elif isinstance(value, list) and value and all(isinstance(item, dict) and "value" in item for item in value):
+        answers = [item["value"] for item in value if item.get("status", "submitted") == "submitted"]
+    if not isinstance(answers, list):
+        return value
+    different = list(dict.fromkeys(map(str, answers)))
+    if len(different) != 1:
+        raise ValueError(f"field {field!r} holds {len(different)} different answers; keep the one that is to be learnt")
+    return answers[0]
+
+
+def to_messages(messages: Any, fields: RowFields) -> list[Turn]:
+    """The turns of a list of messages, in their own order. Raises ValueError for a message that is none."""
     if isinstance(messages, str) and messages.lstrip().startswith("["):  # a table's cell holds a list as its text
         try:
-            messages = orjson.loads(messages)
-        except orjson.JSONDecodeError as error:
+            messages = load(messages.encode())
+        except ValueError as error:
             raise ValueError(f"messages are text, and not JSON: {error}") from error
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a list with a message or more, and are {type_name(messages)}")
-    return [_turn(message, number) for number, message in enumerate(messages, start=1)]
+    turns = [_turn(message, number, fields) for number, message in enumerate(messages, start=1)]
+    refuse_unclear_nulls(messages, [turn[0] for turn in turns])
+    return turns
 
 
-def _turn(message: Any, number: int) -> Turn:
+def _turn(message: Any, number: int, fields: RowFields) -> Turn:
     if not isinstance(message, dict):
         raise ValueError(f"message {number} is not an object but {type_name(message)}")
     role = message.get("role", message.get("from"))
@@ -93,29 +192,32 @@ def _turn(message: Any, number: int) -> Turn:
         raise ValueError(f"message {number} has the unknown role {role!r}; roles are user, assistant, system")
     if message.get("tool_calls") or message.get("function_call"):
         raise ValueError(f"message {number} calls a tool: only text can be learnt; write the call as the content")
-    field = "content" if "content" in message else "value"
-    if field not in message:
+    field = next((name for name in CONTENT_FIELDS if name in message), None)
+    if field is None:
         raise ValueError(f"message {number} has no content")
-    content, location = message[field], f" of message {number}"
+    content, location, role = message[field], f" of message {number}", ROLES[role]
+    may_learn = len(message) == 2 or read_message_fields(message, field, role == "assistant", location, fields)
     if isinstance(content, list):
-        content = _text_parts(content, number)
-    text = _answer(content, field, location) if ROLES[role] == "assistant" else _text(content, field, location)
-    return ROLES[role], text, message.get("weight") != 0
+        content = _text_parts(content, number, fields)
+    text = _answer(content, field, location) if role == "assistant" else _text(content, field, location)
+    return role, text, may_learn
 
 
-def _text_parts(parts: list[Any], number: int) -> str:
+def _text_parts(parts: list[Any], number: int, fields: RowFields) -> str:
     """The text of content in parts, as multimodal chats have it; ValueError for a part that is no text."""
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type_name(part)
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type", next(iter(part), "")) if isinstance(part, dict) else type_name(part)
             raise ValueError(f"message {number} has a part that is no text ({kind}); only text can be learnt")
+        if len(part) > 1 + ("type" in part):
+            read_part_fields(part, number, fields)
     return "".join(part["text"] for part in parts)
 
 
 def _answer(value: Any, field: str, location: str = "") -> str:
     """An answer's text; a JSON object becomes its text."""
     if isinstance(value, dict):
-        return json.dumps(value, ensure_ascii=False)  # with the spaces that people write
+        return dump(value)
     return _text(value, field, location)
 
 
@@ -156,6 +258,7 @@ def type_name(value: Any) -> str:
         bool: "a boolean",
         int: "a number",
         float: "a number",
+        Number: "a number",
         type(None): "null",
         str: "a string",
         bytes: "binary data",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
+import orjson
 import polars as pl
 from numpy.typing import NDArray
 
@@ -68,6 +69,28 @@ def write_splits(
                 job.progress(block.first, total, "rows", "writing")
     (out / "calibration.jsonl").write_bytes(b"".join(calibration))
     job.progress(total, total, "rows", "written")
+
+
+def write_preferences(parsed: ParsedRows, selection: Selection, out: Path, quarantine: IO[bytes]) -> int:
+    """Writes preference.jsonl, if there are preference rows, and returns their number.
+
+    Rows with a held-out question go to quarantine.
+    """
+    if not parsed.preferences.rows:
+        return 0
+    good = selection.good
+    held_out = set(good.filter(pl.col("split") == "test")["question"].to_list())
+    written = 0
+    with parsed.preferences.path.open("rb") as lines, (out / "preference.jsonl").open("wb") as file:
+        for line, (number, row, question) in zip(lines, parsed.preferences.rows, strict=True):
+            if question in held_out:
+                reason = "the same question is held out, so preference must not hold it"
+                entry = {"file": parsed.files[number][0], "line": row, "reason": reason, "raw": line.decode().strip()}
+                quarantine.write(orjson.dumps(entry) + b"\n")
+            else:
+                file.write(line)
+                written += 1
+    return written
 
 
 def copy_quarantine_to_report(out: Path) -> None:

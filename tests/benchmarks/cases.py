@@ -60,7 +60,7 @@ def outcome(case: Path) -> Outcome:
         process = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, check=False)
         failure = directory / "out.work" / "error.json"
         if process.returncode:
-            message = json.loads(failure.read_text())["message"] if failure.exists() else process.stderr[-2000:]
+            message = _message(failure, process.stderr)
         else:
             lines = process.stderr.splitlines()
             warnings = [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
@@ -72,6 +72,13 @@ def outcome(case: Path) -> Outcome:
         reason = f"{quarantine[0]['file']}:{quarantine[0]['line']}: {quarantine[0]['reason']}" if quarantine else ""
         unread = profile.get("unread_fields", {})
         return Outcome(case.name, process.returncode, splits, len(quarantine), reason, unread, message)
+
+
+def _message(failure: Path, log: str) -> str:
+    """The command's own error message; where it crashed, the last line of its log."""
+    if failure.exists():
+        return str(json.loads(failure.read_text())["message"])
+    return f"crashed: {log.strip().splitlines()[-1:]}"
 
 
 def _splits(out: Path) -> list[str]:

@@ -75,7 +75,7 @@ def test_almost_equal_questions_share_a_split(go: Go) -> None:
     pairs = [(first["question"], second["question"]) for first, second in zip(rows, twins, strict=True)]
     splits, grouped_splits = independent.splits(), grouped.splits()
     assert sum(splits[first] != splits[second] for first, second in pairs) > 40
-    assert sum(grouped_splits[first] != grouped_splits[second] for first, second in pairs) <= 3
+    assert sum(grouped_splits[first] != grouped_splits[second] for first, second in pairs) <= 5
     counts = grouped.profile()["near_duplicates"]
     assert counts["groups"] >= 295 and counts["questions"] >= 590 and grouped.quarantine() == []
     dropped = go(both, near_duplicates="drop")
