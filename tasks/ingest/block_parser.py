@@ -101,13 +101,15 @@ def parse_block(block: Block, target: Path) -> ParsedBlock:
     records: list[bytes] = []
     quarantine: list[bytes] = []
     preferences: list[tuple[int, PreferenceRow]] = []
+    unread: dict[str, Any] = {}  # of the row in hand
     unread_fields, relations = UnreadFields(), list[bytes]()
     kinds, pack, file = AnswerKinds(), RECORD.pack, block.file
     with target.open("wb") as out:
         for batch in row_batches(block.rows, block.first_line):
             lines: list[bytes] = []
             for number, data in batch:
-                unread: dict[str, Any] = {}
+                if unread:
+                    unread.clear()
                 try:
                     row = _canonical(data, row_format, pair_shape, unread)
                 except (ValueError, TypeError) as error:  # TypeError: orjson's, for half of a surrogate pair

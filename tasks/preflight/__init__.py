@@ -41,6 +41,7 @@ class PreflightConfig(BaseModel):
     """File of training rows, whose first ones are looked at."""
     format: str = "auto"
     system_prompt: str | None = None
+    ignore_fields: list[str] = []
     max_length: int = 2048
     over_long: str = "drop"
     chat_template: Literal["model", "gemma"] = "model"
