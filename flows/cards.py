@@ -1,27 +1,47 @@
 """The CUDA devices of this machine, by NVML: no torch, and no context on the card."""
 
+import os
 from typing import Any, NamedTuple
 
 import pynvml
 
 
 class Card(NamedTuple):
-    """The smallest CUDA device of this machine."""
+    """A CUDA device of this machine."""
 
     name: str
     gib: float
 
 
-def smallest_card() -> Card | None:
-    """The CUDA device with the least memory, by NVML; None without one."""
+def smallest_card(processes: int = 1) -> Card | None:
+    """The CUDA device with the least memory among those that so many processes use; None without one.
+
+    CUDA numbers devices by speed, which is taken to be the order of their memory, unless CUDA_DEVICE_ORDER says by
+    slot, as NVML does; CUDA_VISIBLE_DEVICES chooses among them.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        cards = [Card(_name(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30) for handle in handles]
+        devices = [_card(pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(pynvml.nvmlDeviceGetCount())]
+        if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+            devices.sort(key=lambda card: -card.gib)
+        cards = devices if visible is None else [_chosen(name.strip(), devices) for name in visible.split(",")]
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    return min(cards, key=lambda card: card.gib, default=None)
+    used = cards[: cards.index(None)] if None in cards else cards  # CUDA stops at the first name that is no device
+    return min(filter(None, used[:processes]), key=lambda card: card.gib, default=None)
+
+
+def _chosen(name: str, devices: list[Card]) -> Card | None:
+    """The device that an entry of CUDA_VISIBLE_DEVICES names by its number or UUID."""
+    if name.startswith(("GPU-", "MIG-")):
+        return _card(pynvml.nvmlDeviceGetHandleByUUID(name.encode()))
+    return devices[int(name)] if name.isdecimal() and int(name) < len(devices) else None
+
+
+def _card(handle: Any) -> Card:
+    return Card(_name(handle), pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30)
 
 
 def _name(handle: Any) -> str:

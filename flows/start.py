@@ -48,9 +48,11 @@ def run(
 
 def read_config(config: type[C], source: str, changes: Sequence[str] = ()) -> C:
     """The config of a YAML file, or of a preset where no file has that name. Raises ValueError with the field."""
-    if not changes and Path(source).exists():
-        return config.load(Path(source))
-    settings = {"preset": source} if source in preset_names() and not Path(source).exists() else _read(Path(source))
+    path = Path(source)
+    is_preset = source in preset_names() and (path.is_dir() or not path.exists())
+    if not changes and not is_preset and path.exists():
+        return config.load(path)
+    settings = {"preset": source} if is_preset else _read(path)
     for change in changes:
         _apply(settings, change)
     return config.checked(settings, source)
@@ -76,4 +78,7 @@ def _apply(settings: dict[str, Any], change: str) -> None:
     for group in groups:
         settings[group] = dict(settings.get(group) or {})
         settings = settings[group]
-    settings[name] = yaml.safe_load(value)
+    try:
+        settings[name] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {change}: the value is not YAML: {error}") from error

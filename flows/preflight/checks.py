@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flows.flow_config import FlowConfig
 from flows.preflight.machine import check_machine
-from flows.preflight.models import base_models, check_models, check_pins
+from flows.preflight.models import check_models, check_pins
 from flows.preflight.needs import check_top_k, first_file, libraries, trainings
 from tasks.core.child_process import run_command
 from tasks.core.errors import BadConfig, StageError
@@ -48,11 +48,13 @@ def _in_child(
     rows, problem = first_file(config)
     if problem is not None:
         yield problem
-    sources, ingest = base_models(config), cast(Any, config).ingest
+    ingest = cast(Any, config).ingest
+    if not any(getattr(config, split, None) for split in ("train", "test")):
+        directories = {}  # without rows only weights are read, and a base model may lack a chat template
     document = PreflightConfig(
-        rows=rows, format=ingest.format, system_prompt=ingest.system_prompt,
+        rows=rows, format=ingest.format, system_prompt=ingest.system_prompt, ignore_fields=ingest.ignore_fields,
         max_length=config.max_length, over_long=ingest.over_long, chat_template=config.chat_template,
-        same_tokenizer="teacher" in sources and "student" in sources, card_gib=card_gib,
+        same_tokenizer=hasattr(config, "student_base"), card_gib=card_gib,
         trainings=trainings(config), libraries=libraries(config),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="preflight-", dir=settings.root) as scratch:

@@ -6,6 +6,7 @@ import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,8 @@ SECONDS = 5.0
 
 def check_machine(config: FlowConfig | None, settings: Settings) -> tuple[float | None, list[Check]]:
     """The smallest card's GiB, and the checks."""
-    card = smallest_card()
+    groups = (getattr(config, name, None) for name in ("teacher", "student"))
+    card = smallest_card(max((group.processes for group in groups if group is not None), default=1))
     checks = [
         *_libraries(config),
         _device(config, card),
@@ -87,21 +89,23 @@ def _disk(config: FlowConfig | None, settings: Settings) -> Iterator[Check]:
     least, likely = needed_bytes(config, store_on_disk=settings.store_uri.startswith("file:"))
     result = f"{free / GB:.1f} GB free at {settings.root}; the run writes about {likely / GB:.1f} GB"
     remedy = "free some, or move STILLHOUSE_HOME to a larger disk"
-    yield Check("disk", "fail" if free < least else "warn" if free < likely else "ok", result, remedy)
+    fresh = not (settings.root / "inputs").exists()  # else an earlier run may have stored all that this one needs
+    yield Check("disk", "fail" if fresh and free < least else "warn" if free < likely else "ok", result, remedy)
 
 
 def _mlflow(settings: Settings) -> Check:
     uri = settings.tracking_uri
     if not uri.startswith("http"):
         return Check("MLflow", "ok", f"records in {without_password(uri)}")
+    server = without_password(uri).rstrip("/")  # urllib would take a password for a part of the host's name
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SECONDS):
-            return Check("MLflow", "ok", f"{without_password(uri)} answers")
+        with urllib.request.urlopen(f"{server}/health", timeout=SECONDS):
+            return Check("MLflow", "ok", f"{server} answers")
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            return Check("MLflow", "ok", f"{without_password(uri)} answers, and asks for credentials")
+            return Check("MLflow", "ok", f"{server} answers, and asks for credentials")
         reason: object = error
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = error
     remedy = "see MLFLOW_TRACKING_URI; without it the run goes on and is recorded later"
-    return Check("MLflow", "warn", f"{without_password(uri)} does not answer: {reason}", remedy)
+    return Check("MLflow", "warn", f"{server} does not answer: {reason}", remedy)

@@ -120,14 +120,18 @@ def first_file(config: FlowConfig) -> tuple[Path | None, Check | None]:
     if source.startswith(("s3://", "hub:")):
         return None, Check("first rows", "ok", f"{source} is looked at when it is fetched")
     path = Path(source).expanduser()
-    pattern = path.is_dir() or any(mark in source for mark in "*?[")
-    paths = sorted(path.rglob("*") if path.is_dir() else Path.cwd().glob(source)) if pattern else [path]
-    files = [file for file in paths if file.is_file() and (not pattern or data_suffix(file.name))]
+    path = path.absolute()
+    if path.is_file():
+        return path, None
+    root = Path(path.anchor)
+    is_pattern = any(mark in source for mark in "*?[")
+    paths = path.rglob("*") if path.is_dir() else root.glob(str(path.relative_to(root))) if is_pattern else ()
+    files = [file for file in sorted(paths) if file.is_file() and data_suffix(file.name)]
     if not files:
         return None, Check(
             "first rows",
             "fail",
-            f"train: nothing at {path.absolute()}; paths are relative to {Path.cwd()}",
+            f"train: nothing at {path}; paths are relative to {Path.cwd()}",
             "correct the path",
         )
     return next((file for file in files if "train" in file.name), files[0]), None

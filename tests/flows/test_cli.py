@@ -41,6 +41,14 @@ def test_settings_are_changed_on_the_command_line() -> None:
         read_config(PipelineConfig, "nothing.yaml")
 
 
+def test_a_directory_does_not_hide_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert read_config(PipelineConfig, "quickstart").preset == "quickstart"
+    with pytest.raises(ValueError, match="--set text=.*is not YAML"):
+        read_config(PipelineConfig, "quickstart", ["text=["])
+
+
 def test_what_is_wrong_is_said_in_a_line() -> None:
     done = stillhouse("run", "quickstart", "--set", "teacher.rnak=3")
     assert done.returncode == 1 and "teacher.rnak" in done.stderr and "Traceback" not in done.stderr

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from flows.cards import Card
+from flows.audit import AuditConfig
+from flows.cards import Card, smallest_card
 from flows.config import PipelineConfig
 from flows.preflight import machine, preflight, require_none_failed
 from flows.preflight.needs import check_top_k, first_file, needed_bytes
 from tasks.core.errors import BadConfig
 from tasks.core.settings import Settings
-from tasks.preflight import Check
+from tasks.engine.data.chat_template import Example
+from tasks.preflight import Check, PreflightConfig
+from tasks.preflight.first_rows import check_lengths
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "deployments" / "quickstart"
@@ -75,7 +78,7 @@ def test_bases_that_are_not_there_or_not_complete_are_found(tmp_path: Path) -> N
 
 
 def test_a_card_needs_a_compiler_and_its_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "smallest_card", lambda: Card("L4", 22.5))
+    monkeypatch.setattr(machine, "smallest_card", lambda processes: Card("L4", 22.5))
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     card, checks = machine.check_machine(None, Settings(home=tmp_path))
     [compiler] = [check for check in checks if check.name == "C compiler"]
@@ -106,3 +109,66 @@ def test_a_top_k_that_is_not_needed_is_warned_of() -> None:
     assert check.state == "warn" and "student.top_k has no effect" in check.result
     small = {"preset": "quickstart", "student": {"top_k": 8, "states_budget_gib": 0}}
     assert not list(check_top_k(PipelineConfig.model_validate(small)))
+
+
+def test_a_full_disk_does_not_stop_a_run_whose_inputs_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PipelineConfig.model_validate({"preset": "quickstart"})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    for state in ("fail", "warn"):
+        _, checks = machine.check_machine(config, Settings(home=tmp_path))
+        assert [check.state for check in checks if check.name == "disk"] == [state]
+        (tmp_path / "inputs").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("source", ["{}/part *.jsonl", "{}/odd[1].jsonl", "{}"])
+def test_rows_are_found_by_absolute_patterns_and_odd_names(source: str, tmp_path: Path) -> None:
+    for name in ("part one.jsonl", "odd[1].jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    config = PipelineConfig.model_validate({"preset": "quickstart", "train": source.format(tmp_path)})
+    rows, problem = first_file(config)
+    assert rows is not None and rows.parent == tmp_path and problem is None
+
+
+@pytest.mark.parametrize("host", ["user:secret@127.0.0.1", "user:secret@127.0.0.1:1"])
+def test_a_password_of_mlflow_is_not_printed(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{host}")
+    monkeypatch.setattr(machine, "SECONDS", 0.2)
+    _, checks = machine.check_machine(None, Settings(home=tmp_path))
+    [check] = [check for check in checks if check.name == "MLflow"]
+    assert check.state == "warn" and "127.0.0.1" in check.result and "secret" not in check.result
+
+
+def test_only_the_cards_that_a_run_uses_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [2.0, 24.0, 80.0]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    for name, value in (("Init", None), ("Shutdown", None), ("DeviceGetCount", 3)):
+        monkeypatch.setattr(f"flows.cards.pynvml.nvml{name}", lambda value=value: value)
+    monkeypatch.setattr("flows.cards.pynvml.nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr("flows.cards._card", lambda index: Card("card", sizes[index]))
+    assert [smallest_card(processes) for processes in (1, 2, 3)] == [Card("card", size) for size in (80.0, 24.0, 2.0)]
+    for visible, gib in (("1", 24.0), ("1,2", 24.0), ("", None), ("-1", None), ("7", None)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        card = smallest_card()
+        assert (card.gib if card else None) == gib
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert smallest_card() == Card("card", 2.0)
+
+
+def test_an_audit_of_weights_asks_for_no_template_and_no_common_tokenizer(tmp_path: Path) -> None:
+    base = shutil.copytree(QUICKSTART / "student", tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    config = AuditConfig(models={"teacher": str(QUICKSTART / "teacher"), "student": str(base)})
+    checks = preflight(config, Settings(home=tmp_path / "home"))
+    assert [check for check in checks if check.state == "fail"] == []
+
+
+@pytest.mark.parametrize(("over_long", "state"), [("drop", "fail"), ("cut", "warn"), ("fail", "fail")])
+def test_rows_that_are_cut_do_not_stop_a_run(over_long: str, state: str) -> None:
+    examples = [Example(list(range(30)), [1] * 30)]
+    [check] = check_lengths(PreflightConfig(max_length=20, over_long=over_long), examples)
+    assert check.state == state
