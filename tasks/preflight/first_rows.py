@@ -24,7 +24,7 @@ def first_examples(config: PreflightConfig, tokenizer: PreTrainedTokenizerBase) 
     examples, problem = [], "no row"
     for value in values:
         try:
-            turns = to_turns(value, shape, config.system_prompt)
+            turns = to_turns(value, shape, config.system_prompt, config.ignore_fields)
         except (ValueError, TypeError) as error:  # ingest quarantines it and says so
             problem = str(error)
             continue
@@ -52,5 +52,6 @@ def check_lengths(config: PreflightConfig, examples: list[Example]) -> Iterator[
         yield Check("first rows", "ok", result)
         return
     fate = {"drop": "are left out", "cut": "are cut", "fail": "stop the run"}[config.over_long]
-    state: State = "fail" if over == len(lengths) or config.over_long == "fail" else "warn"
+    stops = config.over_long == "fail" or (config.over_long == "drop" and over == len(lengths))
+    state: State = "fail" if stops else "warn"
     yield Check("first rows", state, f"{result}: {over} are longer and {fate}", f"set max_length: {max(lengths)}")
