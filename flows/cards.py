@@ -1,6 +1,7 @@
 """The CUDA devices of this machine, by NVML: no torch, and no context on the card."""
 
 import os
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import pynvml
@@ -29,8 +30,8 @@ def smallest_card(processes: int = 1) -> Card | None:
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    used = cards[: cards.index(None)] if None in cards else cards  # CUDA stops at the first name that is no device
-    return min(filter(None, used[:processes]), key=lambda card: card.gib, default=None)
+    used = takewhile(lambda card: card is not None, cards[:processes])  # CUDA stops at a name that is no device
+    return min(filter(None, used), key=lambda card: card.gib, default=None)
 
 
 def _chosen(name: str, devices: list[Card]) -> Card | None:

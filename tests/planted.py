@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from tasks.core.refs import ModelDir
-from tasks.engine.weights.effective import weights
-from tasks.engine.weights.rescale import rescaled, write_model
+from tasks.engine.weights.effective import effective_weights
+from tasks.engine.weights.rescale import rescaled_weights, write_model
 
 
 def plant(model: Path, out: Path, k: float = 1024.0, untie: bool = True) -> Path:
@@ -19,11 +19,11 @@ def plant(model: Path, out: Path, k: float = 1024.0, untie: bool = True) -> Path
     gain / k - 1 that is lost in bfloat16, which breaks the model without any overflow.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tensors = list(weights(ModelDir(model)))
+    tensors = list(effective_weights(ModelDir(model)))
     head = next(weight for weight in tensors if weight.name.endswith("embed_tokens.weight"))
     config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": not untie}
     (out / "config.json").write_text(json.dumps(config, indent=1))
-    planted = rescaled([*tensors, head._replace(name="lm_head.weight")] if untie else tensors, out, k)
+    planted = rescaled_weights([*tensors, head._replace(name="lm_head.weight")] if untie else tensors, out, k)
     write_model(planted, ModelDir(model), out)
     (out / "config.json").write_text(json.dumps(config, indent=1))
     return out

@@ -32,7 +32,7 @@ def show(summary: dict[str, Any]) -> None:
     print(f"{executed} stages run, {len(summary['stages']) - executed} from the cache, {seconds:.0f} s")
     print(f"Report:   {summary['report']}/index.html")
     if names := ", ".join(summary.get("artifacts", {})):
-        print(f"Files:    python -m flows.fetch {Path(summary['report']).name} NAME DIR    (NAME: {names})")
+        print(f"Files:    stillhouse fetch {Path(summary['report']).name} NAME DIR    (NAME: {names})")
     server = (get_current_settings().api.url or "").removesuffix("/api")
     open_prefect = f"{server or 'http://127.0.0.1:4200'}/runs/flow-run/{summary['flow_run_id']}"
     # Without a server of its own a run is in the database below PREFECT_HOME, which `make` sets and a shell does not.
