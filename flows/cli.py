@@ -33,7 +33,7 @@ def _start(name: str, config: str, changes: list[str]) -> None:
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(help="Your rows: a JSONL file, or a directory with train.jsonl.")],
+    data: Annotated[str, typer.Argument(help="Your rows: a file, a directory with train.jsonl, hub: or s3://.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the config.")] = Path("my.yaml"),
     teacher: Annotated[str | None, typer.Option(help="Teacher's base: hub name or directory.")] = None,
     student: Annotated[str | None, typer.Option(help="Student's base: hub name or directory.")] = None,

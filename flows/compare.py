@@ -64,8 +64,11 @@ def find_run(run: str, scratch: Path, settings: Settings) -> Path:
     try:
         directory = download_report(run, scratch, settings.tracking_uri)
     except BadConfig as error:
+        names = sorted(path.parent.name for path in settings.root.glob("reports/*/summary.json"))
+        listed = f"runs there: {', '.join(names)}" if names else "there is none yet: stillhouse run my.yaml makes one"
         raise BadConfig(
-            f"{run!r} is no directory with a summary.json, no run below {settings.root / 'reports'}, and {error}"
+            f"{run!r} is no directory with a summary.json, no run below {settings.root / 'reports'} ({listed}), "
+            f"and {error}"
         ) from error
     _require_predictions(directory)
     return directory

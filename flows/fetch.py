@@ -1,6 +1,6 @@
 """A model or a GGUF file of a run, out of the store into a directory of yours.
 
-python -m flows.fetch latest Q4_K_M out/q4
+stillhouse fetch latest Q4_K_M out/q4
 
 A run is named as in `flows.compare`; without a name and a directory what it made is listed.
 """
@@ -39,9 +39,7 @@ def fetch(run: str, name: str, target: Path, settings: Settings) -> Path:
 def main(arguments: list[str]) -> None:
     """The command; exits with what went wrong."""
     if len(arguments) not in (1, 3):
-        sys.exit(
-            "usage: python -m flows.fetch RUN [NAME DIR]   (a name below .stillhouse/reports, or an MLflow run id)"
-        )
+        sys.exit("usage: stillhouse fetch RUN [NAME DIR]   (a name below .stillhouse/reports, or an MLflow run id)")
     settings = Settings()
     try:
         if len(arguments) == 1:

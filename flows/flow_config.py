@@ -7,6 +7,7 @@ the flow, which hands them to every group and refuses them inside one.
 """
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -22,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, ErrorDetails
 
 from flows.presets import preset_names, read_preset
 from tasks.core.config import StageConfig, run_wide
@@ -61,11 +62,21 @@ class FlowConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            problems = [(problem["loc"], problem["msg"].removeprefix("Value error, ")) for problem in error.errors()]
+            problems = [(problem["loc"], cls._reason(problem)) for problem in error.errors()]
             shared = FlowConfig.model_fields  # a wrong one is named once, not for every stage that it is handed to
             problems = [(loc, text) for loc, text in problems if len(loc) < 2 or loc[-1] not in shared]
             lines = (f"  {'.'.join(map(str, loc))}: {text}" if loc else f"  {text}" for loc, text in problems)
             raise ValueError(f"{source} has settings that do not fit:\n" + "\n".join(lines)) from error
+
+    @classmethod
+    def _reason(cls, problem: ErrorDetails) -> str:
+        """A validation problem in words; of an unknown setting, the name that may have been meant."""
+        if problem["type"] != "extra_forbidden":
+            return problem["msg"].removeprefix("Value error, ")
+        *path, name = problem["loc"]
+        fields = {**cls.groups(), **cls.lists()}[str(path[0])].model_fields if path else cls.model_fields
+        nearest = get_close_matches(str(name), fields, 1)
+        return "there is no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
 
     @classmethod
     def groups(cls) -> dict[str, type[StageConfig]]:

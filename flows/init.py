@@ -15,6 +15,7 @@ import yaml
 from flows.cards import Card, smallest_card
 from flows.config import PipelineConfig
 from flows.presets import preset_text, read_preset
+from tasks.core.data_files import DATA_SUFFIXES, data_suffix
 from tasks.core.model_files import find_defect
 from tasks.ingest import IngestConfig
 
@@ -36,28 +37,33 @@ class Rows(NamedTuple):
     longest_tokens: int
 
 
-def main(data: Path, out: Path, teacher: str | None, student: str | None, force: bool) -> None:
+def main(data: str, out: Path, teacher: str | None, student: str | None, force: bool) -> None:
     """The command; exits with what went wrong."""
     try:
         if out.exists() and not force:
             raise ValueError(f"{out} exists: give another name with --out, or --force to overwrite it")
         text = write_config(describe_rows(data), smallest_card(), teacher, student, out.name)
         PipelineConfig.checked(yaml.safe_load(text), str(out))
+        out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"stillhouse: {error}")
-    out.write_text(text, encoding="utf-8")
     print(f"{text}\nWritten to {out}. Next:\n  stillhouse doctor {out}    # checks it against this machine, in seconds")
     print(f"  stillhouse run {out}")
 
 
-def describe_rows(data: Path) -> Rows:
-    """Counts and measures the rows, and finds validation and test files beside them. Raises ValueError for no file."""
-    train = data
+def describe_rows(source: str) -> Rows:
+    """Counts and measures the rows, and finds validation and test files beside them. Raises ValueError for no data."""
+    if source.startswith(("hub:", "s3://")):
+        return Rows(source, None, None, 0, 0)
+    train = data = Path(source)
     if data.is_dir():
         names = (f"train{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".json"))
         train = next((data / name for name in names if (data / name).is_file()), data)
     if not train.exists():
         raise ValueError(f"{train} is not there; paths are relative to {Path.cwd()}")
+    files = [path for path in train.rglob("*") if path.is_file()] if train.is_dir() else [train]
+    if not any(data_suffix(path.name) and path.stat().st_size for path in files):
+        raise ValueError(f"{train} holds no rows: give files that end in {', '.join(DATA_SUFFIXES)}, and are not empty")
     evaluation_files = {split: _sibling(train, names) for split, names in SIBLINGS.items()} if train.is_file() else {}
     count, longest = _measure(train)
     return Rows(str(train), evaluation_files.get("validation"), evaluation_files.get("test"), count, longest)

@@ -19,6 +19,7 @@ SERVER_DEFAULTS = {
     "server.concurrency.lease_storage": "prefect.server.concurrency.lease_storage.filesystem",
     # It takes about 12 s to start on two idle cores, and more on busy ones; Prefect's default is 20.
     "server.ephemeral.startup_timeout_seconds": 180,
+    "server.analytics_enabled": False,  # nothing of a run leaves the machine
 }
 
 

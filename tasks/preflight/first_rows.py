@@ -6,6 +6,7 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
+from tasks.core.data_files import DATA_SUFFIXES, data_suffix
 from tasks.core.rows import Row
 from tasks.engine.data.chat_template import Example, encode
 from tasks.ingest.read import read_file
@@ -19,6 +20,8 @@ FIRST = 200
 def first_examples(config: PreflightConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The first rows that can be read, encoded. Raises BadData or ValueError when none can."""
     assert config.rows is not None
+    if not data_suffix(config.rows.name):
+        raise ValueError(f"{config.rows} is no data file: its name ends in none of {', '.join(DATA_SUFFIXES)}")
     values = [_value(row) for _, row in islice(read_file(config.rows, config.rows.name), FIRST)]
     shape = recognise_shape(values, config.rows.name) if config.format == "auto" else config.format
     examples, problem = [], "no row"

@@ -62,7 +62,7 @@ def test_a_stage_runs_alone(tmp_path: Path) -> None:
 
 
 def test_the_first_config_is_short_and_fits_data_and_card(tmp_path: Path) -> None:
-    rows = init.describe_rows(QUICKSTART / "data")
+    rows = init.describe_rows(str(QUICKSTART / "data"))
     assert rows.number == 1900 and rows.test == str(QUICKSTART / "data" / "test.jsonl")
     text = init.write_config(rows, L4, None, None, "my.yaml")
     assert len(text.splitlines()) <= 12 and "1,900 rows" in text and "NVIDIA L4, 22 GiB" in text
@@ -88,20 +88,33 @@ def test_the_preset_is_the_cards(card: Card | None, base: str | None, preset: st
 def test_a_first_config_names_local_bases_and_few_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "a", "output": "b" * 900}) + "\n")
     bases = str(QUICKSTART / "teacher"), str(QUICKSTART / "student")
-    text = init.write_config(init.describe_rows(tmp_path / "rows.jsonl"), None, *bases, "my.yaml")
+    text = init.write_config(init.describe_rows(str(tmp_path / "rows.jsonl")), None, *bases, "my.yaml")
     config = PipelineConfig.checked(yaml.safe_load(text), "my.yaml")
     assert (config.teacher_base, config.student_base) == bases and config.ingest.allow_few_rows
     assert config.test is None and config.validation is None and config.max_length == 512
     with pytest.raises(ValueError, match="is not there"):
-        init.describe_rows(tmp_path / "none.jsonl")
+        init.describe_rows(str(tmp_path / "none.jsonl"))
 
 
 def test_a_config_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "my.yaml"
-    init.main(QUICKSTART / "data", out, None, None, force=False)
+    init.main(str(QUICKSTART / "data"), out, None, None, force=False)
     out.write_text("mine")
     with pytest.raises(SystemExit, match="--force to overwrite"):
-        init.main(QUICKSTART / "data", out, None, None, force=False)
+        init.main(str(QUICKSTART / "data"), out, None, None, force=False)
     assert out.read_text() == "mine"
-    init.main(QUICKSTART / "data", out, None, None, force=True)
+    init.main(str(QUICKSTART / "data"), out, None, None, force=True)
     assert out.read_text() != "mine"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "empty.jsonl", "folder"])
+def test_init_refuses_what_holds_no_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("no rows")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="holds no rows"):
+        init.describe_rows(str(tmp_path / name))
+
+
+def test_init_takes_a_dataset_that_lies_elsewhere() -> None:
+    assert init.describe_rows("hub:owner/name") == ("hub:owner/name", None, None, 0, 0)
