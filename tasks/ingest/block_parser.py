@@ -153,7 +153,7 @@ def _canonical(
         raise ValueError(ReadLimits(row_format.row_bytes).too_long())
     value = load_row(data)
     if pair_shape and type(value) is dict and not _is_suspect(data):
-        others = is_plain(tuple(value), pair_shape.names)
+        others = () if value.keys() <= pair_shape.names else is_plain(tuple(value), pair_shape.names)
         row = canonical_pair(value, pair_shape, row_format.salt) if others is not None else None
         if row:
             for name in others or ():

@@ -9,7 +9,7 @@ from xxhash import xxh3_64_digest
 from tasks.ingest.comparison import Relations, comparable_json, context_hashes, question_hash, relations
 from tasks.ingest.exact_json import comparison_key, json_object
 from tasks.ingest.row_shapes import PairShape
-from tasks.ingest.turns import PLACEHOLDERS, SHORT, Turn, type_name
+from tasks.ingest.turns import PLACEHOLDERS, SHORT, TYPE_NAMES, Turn, type_name
 
 DEPTH = 2  # an answer's own fields, and those of the objects in them (`entities`)
 MAX_KINDS = 20_000
@@ -133,7 +133,10 @@ def _labels(turns: Sequence[Turn], learn_all: bool) -> bytes:
 
 def signature(value: dict[str, Any], depth: int = DEPTH) -> Signature:
     """The object's fields, sorted: name, type, and for an object its own fields down to `depth`."""
-    return tuple(
-        (name, type_name(field), signature(field, depth - 1) if depth > 1 and type(field) is dict else None)
-        for name, field in sorted(value.items())
-    )
+    fields = []
+    for name in sorted(value):
+        field = value[name]
+        kind = type(field)
+        inner = signature(field, depth - 1) if kind is dict and depth > 1 else None
+        fields.append((name, TYPE_NAMES.get(kind) or type_name(field), inner))
+    return tuple(fields)

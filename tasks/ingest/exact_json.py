@@ -19,6 +19,7 @@ from tasks.ingest.json_errors import json_error_reason
 
 MAX_DEPTH = 200
 MAX_DIGITS = 4300  # of an integer, as Python reads it
+STRINGS = {str}
 ESCAPE = re.compile(rb"\\.", re.DOTALL)
 
 
@@ -113,8 +114,11 @@ def _strings(value: Any, depth: int) -> int | None:
         return None if kind is float else 0
     if not depth:
         return None
+    items = value.values() if kind is dict else value
     count = len(value) if kind is dict else 0
-    for item in value.values() if kind is dict else value:
+    if set(map(type, items)) == STRINGS:
+        return count + len(items)
+    for item in items:
         if type(item) is str:
             count += 1
         elif item is not None:

@@ -248,21 +248,24 @@ def refuse_control_tokens(turns: list[Turn]) -> None:
             )
 
 
+TYPE_NAMES: dict[type, str] = {
+    dict: "an object",
+    bool: "a boolean",
+    int: "a number",
+    Number: "a number",
+    type(None): "null",
+    str: "a string",
+    bytes: "binary data",
+}
+
+
 def type_name(value: Any) -> str:
     """The type of a JSON value, in words."""
-    if isinstance(value, float) and value != value:
-        return "NaN"
-    names: dict[type, str] = {
-        dict: "an object",
-        list: "a list",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        Number: "a number",
-        type(None): "null",
-        str: "a string",
-        bytes: "binary data",
-    }
-    if value == []:
-        return "an empty list"
-    return names.get(type(value), f"a {type(value).__name__}")
+    name = TYPE_NAMES.get(type(value))
+    if name is not None:
+        return name
+    if type(value) is list:
+        return "a list" if value else "an empty list"
+    if isinstance(value, float):
+        return "a number" if value == value else "NaN"
+    return f"a {type(value).__name__}"
