@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 # C0 and C1 but tab and line feed, line and paragraph separators, overrides of writing direction, half surrogate pairs.
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])|^\s*[#+-]|(?<=www)\.|:(?=//)")
+MARKDOWN = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])|^\s*[#+-](?!\s*$)|(?<=www)\.|:(?=//)")
 
 
 def visible(text: str) -> str:

@@ -67,7 +67,7 @@ def test_quantized_as_planned(narrow: Path, dataset: Path, tmp_path: Path) -> No
     assert "42 tensors fall back (Q4_K becomes Q5_0, Q6_K becomes Q8_0)" in report.details["plan"]
     assert "42 tensors fall back" in (job.work / "events.jsonl").read_text()
     page = (out / "report" / "plan.md").read_text()
-    assert "| blk.*.attn_v.weight | 2, 5 | 64 x 32 | BF16 | Q6_K | **Q8_0** | 2176 |" in page
+    assert r"| blk.\*.attn_v.weight | 2, 5 | 64 x 32 | BF16 | Q6_K | **Q8_0** | 2176 |" in page
     assert f"| Q4_K_M | 0.2 | {(out / 'model.gguf').stat().st_size // 10**5}" in page  # and every other kind
     assert json.loads(read_provenance(out / "model.gguf")["stillhouse.config"])["kind"] == "Q4_K_M"
     reader = gguf.GGUFReader(out / "model.gguf")
