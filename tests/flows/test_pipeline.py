@@ -119,7 +119,7 @@ def test_errors_say_what_where_and_the_remedy(tmp_path: Path, prefect_server: Pr
     row = '{"instruction": "Préparer", "output": "{}"}\n'
     (tmp_path / "latin.jsonl").write_bytes(row.encode() + row.encode("latin-1") * 60)
     wrong: dict[str, tuple[dict[str, Any], str]] = {
-        "name": ({"learning_rat": 1}, "learning_rat: there is no such setting; did you mean learning_rate?"),
+        "name": ({"learning_rat": 1}, "learning_rat: there is no such setting"),
         "missing": ({"train": str(tmp_path / "missing.jsonl")}, "missing.jsonl; paths are relative to"),
         "latin": ({"train": str(tmp_path / "latin.jsonl")}, "60 x not UTF-8"),
     }
